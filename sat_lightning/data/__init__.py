@@ -1,0 +1,83 @@
+"""From files on disk to rows of token ids: sources, tokenizers, the token store, packing, splitting and order.
+
+The stages know no model and no trainer, and each can be used alone. For pretraining, documents run together::
+
+    source = open_source("stdlib://")                            # documents, read lazily
+    store = prepare_store(source, ByteTokenizer(), cache_dir)    # tokens, prepared once, memory-mapped
+    spans = split_spans(store, validation=0.05)                  # which tokens train, validate, test
+    rows = PackedTokens(store, 256, spans["train"])              # map-style dataset of rows
+    mixture = Mixture([len(rows)], seed=0)                       # which row comes when; of several sources, if need be
+    batches = ShardedBatches(mixture, 8)                         # who takes which rows: a batch_sampler, on any ranks
+
+Where a row of a file is a sample, it is read by number, and where it cannot be, as a stream::
+
+    records = open_records("answers.jsonl")                      # rows, decoded when asked for
+    samples = ProcessedRecords(records, Tokenize("bytes", ["prompt", "answer"], learned=["answer"]))
+    loader = DataLoader(samples, 8, collate_fn=PadCollate())     # padded; PackedDocuments packs them instead
+    stream = ShardStream("s3://bucket/{000..031}.tar")           # samples of remote shards, resumed exactly
+"""
+
+# Importing the formats registers them; none of them imports a library of the extra [data] before it is used.
+from sat_lightning.data import arrays as _arrays  # noqa: F401
+from sat_lightning.data import columns as _columns  # noqa: F401
+from sat_lightning.data import formats as _formats  # noqa: F401
+from sat_lightning.data import libraries as _libraries  # noqa: F401
+from sat_lightning.data import tables as _tables  # noqa: F401
+from sat_lightning.data import urls as _urls  # noqa: F401
+from sat_lightning.data import webdataset as _webdataset  # noqa: F401
+from sat_lightning.data.batches import Place, ShardedBatches
+from sat_lightning.data.collate import PadCollate, batch_by_tokens, bucket_by_length
+from sat_lightning.data.corpus import WeightedPath
+from sat_lightning.data.documents import DocumentCollate, PackedDocuments, separate_documents
+from sat_lightning.data.mixed import MixedRows
+from sat_lightning.data.mixture import Mixture, Share
+from sat_lightning.data.order import PADDING_ROW, ShardedOrder, permute
+from sat_lightning.data.packing import IGNORED_TARGET, PackedTokens
+from sat_lightning.data.preparation import prepare_store
+from sat_lightning.data.records import Records, open_records
+from sat_lightning.data.samples import BadSampleError
+from sat_lightning.data.sources import Source, SourceOptions, Unfinished, open_source, register_source
+from sat_lightning.data.split import split_spans
+from sat_lightning.data.store import TokenStore
+from sat_lightning.data.stream import ShardStream, StreamOptions
+from sat_lightning.data.tokenizer import ByteTokenizer, Tokenizer, TokenizersFile, load_tokenizer
+from sat_lightning.data.transforms import ProcessedRecords, Tokenize
+
+__all__ = [
+    "IGNORED_TARGET",
+    "PADDING_ROW",
+    "BadSampleError",
+    "ByteTokenizer",
+    "DocumentCollate",
+    "MixedRows",
+    "Mixture",
+    "PackedDocuments",
+    "PackedTokens",
+    "PadCollate",
+    "Place",
+    "ProcessedRecords",
+    "Records",
+    "ShardStream",
+    "Share",
+    "ShardedBatches",
+    "ShardedOrder",
+    "Source",
+    "SourceOptions",
+    "StreamOptions",
+    "TokenStore",
+    "Tokenize",
+    "Tokenizer",
+    "TokenizersFile",
+    "Unfinished",
+    "WeightedPath",
+    "batch_by_tokens",
+    "bucket_by_length",
+    "load_tokenizer",
+    "open_records",
+    "open_source",
+    "permute",
+    "prepare_store",
+    "register_source",
+    "separate_documents",
+    "split_spans",
+]

@@ -1,0 +1,95 @@
+"""Documents that are the text field of rows: what is read by number can be pretrained on, too."""
+
+from collections.abc import Iterator
+from functools import partial
+
+from sat_lightning.data.formats import read_text, take_text
+from sat_lightning.data.libraries import ArrowRecords, open_hub
+from sat_lightning.data.records import Records, describe_row, open_records
+from sat_lightning.data.sources import Document, NotTextError, SourceOptions, register_source
+from sat_lightning.errors import DataError
+
+_NUM_ROWS = 1024
+
+
+@register_source(".parquet", ".arrow", ".lmdb", ".tar")
+def read_column(path: str, options: SourceOptions) -> Iterator[str]:
+    """Read one document per row: its text field.
+
+    Args:
+        path: a file that `open_records` opens.
+        options: `text_field` names the field; of a tar, that is an extension such as `txt`.
+
+    Yields:
+        The texts.
+
+    Raises:
+        DataError: the file cannot be read, or a row has no text in that field.
+    """
+    yield from _texts(open_records(path), options.text_field)
+
+
+@register_source(".csv", ".tsv")
+def read_table(path: str, options: SourceOptions) -> Iterator[Document]:
+    """Read one document per row of a table that has the text field as a column; any other is text as it stands.
+
+    Args:
+        path: the file.
+        options: `text_field` names the column.
+
+    Yields:
+        The texts, or pieces of the file.
+
+    Raises:
+        DataError: a row cannot be parsed.
+    """
+    with open(path, "rb") as file:
+        names = file.readline().replace(b"\t", b",").split(b",")
+    if options.text_field.encode() in (name.strip(b'"\r\n\xef\xbb\xbf') for name in names):
+        yield from _texts(open_records(path), options.text_field)
+    else:
+        yield from read_text(path, options)
+
+
+@register_source("hf://")
+class HubDocuments:
+    """The text field of a dataset of the Hugging Face hub.
+
+    Args:
+        path: as in `open_hub`.
+        options: `text_field` names the column.
+    """
+
+    num_bytes = 0
+
+    def __init__(self, path: str, options: SourceOptions) -> None:
+        self.name = f"hf://{path}"
+        self._path = path
+        self._field = options.text_field
+        self._records: ArrowRecords | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        return _texts(self._open(), self._field)
+
+    def fingerprint(self) -> str:
+        """Of the dataset's content, as the library knows it, and the field."""
+        return f"{self.name}-{self._open().dataset._fingerprint}-{self._field}"
+
+    def _open(self) -> ArrowRecords:
+        if self._records is None:
+            self._records = open_hub(self._path)
+        return self._records
+
+
+def _texts(records: Records, field: str) -> Iterator[str]:
+    gather = getattr(records, "__getitems__", None)
+    for start in range(0, len(records), _NUM_ROWS):
+        numbers = list(range(start, min(start + _NUM_ROWS, len(records))))
+        rows = gather(numbers) if gather is not None else (records[number] for number in numbers)
+        for number, row in zip(numbers, rows, strict=True):
+            try:
+                yield take_text(row, field, partial(describe_row, records, number))
+            except DataError as error:
+                if number == 0 and field not in row:  # such a file is no text, and a folder may hold it
+                    raise NotTextError(str(error)) from error
+                raise

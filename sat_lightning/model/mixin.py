@@ -1,0 +1,43 @@
+"""What a mixin is: new parameters and the hooks that use them, in one class."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from sat_lightning import hooks
+
+if TYPE_CHECKING:
+    from sat_lightning.model.base import BaseModel
+    from sat_lightning.nn.transformer import Transformer
+
+
+class BaseMixin(nn.Module):
+    """A change to a model: define methods named after the seams of `sat_lightning.hooks`.
+
+    A plain method takes its seam; one marked `@non_conflict` receives `old_impl` and wraps what is there::
+
+        class ScaleMLP(BaseMixin):
+            def __init__(self, config):
+                super().__init__()
+                self.scale = nn.Parameter(torch.ones(config.hidden_size))
+
+            @non_conflict
+            def mlp_forward(self, hidden_states, old_impl=None, **kw):
+                return old_impl(hidden_states, **kw) * self.scale
+
+    Once added, `self.transformer` is the backbone of the model.
+    """
+
+    transformer: Transformer
+    non_conflict = staticmethod(hooks.non_conflict)
+    replaceable = staticmethod(hooks.replaceable)
+    replacable = staticmethod(hooks.replacable)
+
+    def reinit(self, parent_model: BaseModel | None = None) -> None:
+        """Set initial values that depend on trained modules, once those are loaded.
+
+        Args:
+            parent_model: the model this mixin was added to; its other mixins are within reach.
+        """

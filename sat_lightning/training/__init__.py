@@ -1,0 +1,51 @@
+"""Training with Lightning: tasks, data, optimisation and callbacks; loaded name by name, when first asked for."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sat_lightning.training.callbacks import CurvePlotter, MixtureMonitor, SampleText, TrainingProgressBar
+    from sat_lightning.training.datamodule import SATDataModule
+    from sat_lightning.training.dataoptions import DataOptions
+    from sat_lightning.training.module import SATLightningModule
+    from sat_lightning.training.optim import OptimConfig
+    from sat_lightning.training.stream import StreamDataModule
+    from sat_lightning.training.tasks import LanguageModelingTask
+    from sat_lightning.training.throughput import count_rows, count_tokens
+
+__all__ = [
+    "CurvePlotter",
+    "DataOptions",
+    "LanguageModelingTask",
+    "MixtureMonitor",
+    "OptimConfig",
+    "SATDataModule",
+    "SATLightningModule",
+    "SampleText",
+    "StreamDataModule",
+    "TrainingProgressBar",
+    "count_rows",
+    "count_tokens",
+]
+
+_MODULES = {
+    "callbacks": ("CurvePlotter", "MixtureMonitor", "SampleText", "TrainingProgressBar"),
+    "datamodule": ("SATDataModule",),
+    "dataoptions": ("DataOptions",),
+    "module": ("SATLightningModule",),
+    "optim": ("OptimConfig",),
+    "stream": ("StreamDataModule",),
+    "tasks": ("LanguageModelingTask",),
+    "throughput": ("count_rows", "count_tokens"),
+}
+_LAZY = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

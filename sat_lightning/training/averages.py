@@ -1,0 +1,72 @@
+"""Exact means over batches of unequal weight, over ranks too."""
+
+from collections.abc import Iterable
+
+import torch
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor
+
+
+class WeightedMeans:
+    """Means by name, kept as sums on the device: adding costs no synchronisation, reading one all-reduce.
+
+    A batch of weight 0 adds nothing, even if its value is NaN (the mean over no targets).
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._sums)
+
+    def add(self, values: dict[str, Tensor], weight: Tensor) -> None:
+        """Add one batch.
+
+        Args:
+            values: scalars, means over the batch, by name.
+            weight: scalar, how much the batch counts, for example its number of targets.
+        """
+        for name, value in values.items():
+            # float64 so that sums over millions of targets stay exact; Apple's devices have none.
+            dtype = torch.float32 if value.device.type == "mps" else torch.float64
+            count = weight.to(value.device, dtype)
+            total = torch.where(count > 0, value.detach().to(dtype) * count, 0.0)
+            old_total, old_count = self._sums.get(name, (0.0, 0.0))
+            self._sums[name] = (old_total + total, old_count + count)
+
+    @classmethod
+    def union(cls, parts: Iterable["WeightedMeans"]) -> "WeightedMeans":
+        """Put the batches of several together.
+
+        Args:
+            parts: left as they are.
+
+        Returns:
+            The means over all of them.
+        """
+        whole = cls()
+        for part in parts:
+            for name, (total, count) in part._sums.items():
+                old_total, old_count = whole._sums.get(name, (0.0, 0.0))
+                whole._sums[name] = (old_total + total, old_count + count)
+        return whole
+
+    def pop(self, strategy: Strategy) -> dict[str, Tensor]:
+        """Return the means over all ranks, and forget everything.
+
+        Args:
+            strategy: of the trainer; every rank has to call this.
+
+        Returns:
+            A float32 scalar for each name; NaN where nothing had weight.
+        """
+        sums, self._sums = self._sums, {}
+        device = strategy.root_device
+        nothing = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+        # Ranks may have seen different names, or no batch at all: rank 0 says what is averaged.
+        names = strategy.broadcast(list(sums))
+        if not names:
+            return {}
+        parts = [part.to(device) for name in names for part in sums.get(name, (nothing, nothing))]
+        totals, counts = strategy.reduce(torch.stack(parts), reduce_op="sum").view(-1, 2).unbind(1)
+        return dict(zip(names, (totals / counts).float(), strict=True))

@@ -1,0 +1,76 @@
+"""Which parameters train: patterns over their names, and a table of what came of them."""
+
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+from sat_lightning.errors import ConfigError, nearest
+
+
+def freeze_parameters(
+    model: nn.Module, trainable: Sequence[str] | None = None, frozen: Sequence[str] | None = None
+) -> None:
+    r"""Decide by name which parameters train.
+
+    A pattern is a regular expression searched for anywhere in a parameter's name (`transformer.layers.0.mlp...`,
+    `mixins.<name>...`): `^mixins\.` is every mixin. With `trainable` only what matches trains; what matches `frozen`
+    never does, also inside `trainable`.
+
+    Args:
+        model: changed in place.
+        trainable: patterns of what trains. Default: whatever trained before.
+        frozen: patterns of what does not.
+
+    Raises:
+        ConfigError: a pattern is malformed or matches nothing, or nothing would train.
+    """
+    parameters = dict(model.named_parameters())
+    if trainable is not None:
+        chosen = _find("trainable", trainable, list(parameters))
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in chosen)
+    for name in _find("frozen", frozen or (), list(parameters)):
+        parameters[name].requires_grad_(False)
+    if (trainable is not None or frozen) and not any(p.requires_grad for p in parameters.values()):
+        raise ConfigError(f"trainable {list(trainable or [])} and frozen {list(frozen or [])} leave nothing to train.")
+
+
+def describe_trainable(model: nn.Module) -> str:
+    """Return a table of how many parameters train and how many are frozen, block by block.
+
+    Args:
+        model: any module; a block is the first two words of a parameter's name.
+
+    Returns:
+        The table, ending in the sums.
+    """
+    blocks: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        counts = blocks.setdefault(".".join(name.split(".")[:2]), [0, 0])
+        # ds_numel: under ZeRO-3 a parameter is an empty shell, its true size stands beside it.
+        counts[0 if parameter.requires_grad else 1] += getattr(parameter, "ds_numel", parameter.numel())
+    blocks["total"] = [sum(counts) for counts in zip(*blocks.values(), strict=True)] or [0, 0]
+    width = max(len("parameters"), *map(len, blocks))
+    rows = [f"{name:<{width}}  {trains:>15,}  {frozen:>15,}" for name, (trains, frozen) in blocks.items()]
+    return "\n".join([f"{'parameters':<{width}}  {'trainable':>15}  {'frozen':>15}", *rows])
+
+
+def _find(option: str, patterns: Sequence[str], names: list[str]) -> set[str]:
+    if isinstance(patterns, str):
+        raise ConfigError(f"{option} is the text '{patterns}', it must be a list of patterns: ['{patterns}'].")
+    found = set()
+    for pattern in patterns:
+        try:
+            matches = {name for name in names if re.search(pattern, name)}
+        except re.error as error:
+            raise ConfigError(f"{option}: '{pattern}' is no regular expression: {error}.") from error
+        if not matches:
+            words = dict.fromkeys(
+                ".".join(name.split(".")[:n]) for name in names for n in range(1, 1 + name.count("."))
+            )
+            blocks = sorted({".".join(name.split(".")[:2]) for name in names})
+            guess = nearest(pattern.replace("\\", ""), [*sorted(words), *names])
+            raise ConfigError(f"{option}: '{pattern}' matches no parameter.{guess} The blocks are {', '.join(blocks)}.")
+        found |= matches
+    return found

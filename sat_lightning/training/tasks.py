@@ -1,0 +1,66 @@
+"""Tasks: what a batch is, and what its loss is."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sat_lightning.data import IGNORED_TARGET
+from sat_lightning.training.module import SATLightningModule, Step
+
+_SPLITS = {"val": "validation", "test": "test"}
+
+
+class LanguageModelingTask(SATLightningModule):
+    """Predict the next token: `{"input_ids": [b, s], "target_ids": [b, s]}`, targets already shifted, -100 for none.
+
+    Other entries of a batch (`position_ids`, `attention_mask`, ...) are keywords of the model. After validation and
+    test it logs `<stage>_perplexity` and, where the data module knows how many bytes a token stands for,
+    `<stage>_bits_per_byte`, which can be compared across tokenizers.
+    """
+
+    def forward_step(self, batch: dict[str, Tensor]) -> Step:
+        """Return the mean cross entropy over the targets.
+
+        Args:
+            batch: see the class.
+
+        Returns:
+            The loss, in nats per token.
+        """
+        inputs = {name: value for name, value in batch.items() if name != "target_ids"}
+        model, target_ids = self._built_model(), batch["target_ids"]
+        if model.hooks.computes_loss:
+            return model(**inputs, target_ids=target_ids)[0]
+        logits = model(**inputs)[0]
+        return F.cross_entropy(logits.flatten(0, 1).float(), target_ids.flatten(), ignore_index=IGNORED_TARGET)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Score each row.
+
+        Args:
+            batch: see the class.
+            batch_idx: unused.
+            dataloader_idx: unused.
+
+        Returns:
+            `loss`, the mean cross entropy of each row in nats per token (NaN without targets), and `num_targets`, both
+            `[b]`.
+        """
+        inputs = {name: value for name, value in batch.items() if name != "target_ids"}
+        target_ids = batch["target_ids"]
+        logits = self._built_model()(**inputs)[0].float()
+        losses = F.cross_entropy(logits.transpose(1, 2), target_ids, ignore_index=IGNORED_TARGET, reduction="none")
+        num_targets = (target_ids != IGNORED_TARGET).sum(1)
+        return {"loss": losses.sum(1) / num_targets, "num_targets": num_targets}
+
+    def summarise(self, stage: str, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Add perplexity and bits per byte."""
+        metrics = {"perplexity": torch.exp(means["loss"])}
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        which = [_SPLITS[stage]] if self.evaluated_set is None else [_SPLITS[stage], self.evaluated_set]
+        if hasattr(datamodule, "bytes_per_token") and (per_token := datamodule.bytes_per_token(*which)):
+            metrics["bits_per_byte"] = means["loss"] / (math.log(2) * per_token)
+        return metrics

@@ -1,0 +1,34 @@
+"""What every test stands on: one thread, one seed, no network, and a SAT_HOME of its own."""
+
+from __future__ import annotations
+
+import os
+import random
+
+# Read by the libraries at their import, hence set before any of them is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    """Each test draws the same numbers, whatever ran before it."""
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def sat_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> os.PathLike[str]:
+    """An empty folder as SAT_HOME: no test reads or writes the user's own."""
+    home = tmp_path_factory.mktemp("sat_home")
+    monkeypatch.setenv("SAT_HOME", str(home))
+    return home

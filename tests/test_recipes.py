@@ -1,0 +1,64 @@
+"""Every recipe runs through the real command line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sat_lightning.cli import main
+
+RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.yaml"))
+#: A run of one batch needs no corpus: a text of a few kilobytes stands for what a recipe trains on.
+TEXT = "def add(first, second):\n    return first + second\n\n\n" * 2000
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "text.txt").write_text(TEXT)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_runs(recipe: Path, folder: Path) -> None:
+    main(["fit", "--config", str(recipe), "--data.path", "text.txt", "--trainer.fast_dev_run", "true"])
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_says_what_it_does(recipe: Path) -> None:
+    header = recipe.read_text(encoding="utf-8").splitlines()[:4]
+    starts = ["# What: ", "# Command: ", "# Hardware and time: ", "# Expected: "]
+    assert [line[: len(start)] for line, start in zip(header, starts, strict=True)] == starts
+    assert f"recipes/{recipe.name}" in header[1]
+    assert re.search(r"\d", header[2]) and re.search(r"\d", header[3])
+
+
+def test_there_are_recipes() -> None:
+    assert "gpt2_quickstart" in [path.stem for path in RECIPES]
+
+
+def test_quickstart_leaves_curves_metrics_samples_and_checkpoint_together(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = next(path for path in RECIPES if path.stem == "gpt2_quickstart")
+    sizes = "{num_layers: 1, hidden_size: 16, num_attention_heads: 2, vocab_size: 257, max_sequence_length: 256}"
+    words = ["--model.model.config", sizes, "--data.path", "text.txt", "--trainer.max_steps", "4"]
+    words += ["--trainer.val_check_interval", "2", "--trainer.log_every_n_steps", "1"]
+    main(["fit", "--config", str(recipe), *words])
+    run = folder / "runs" / "gpt2_quickstart" / "version_0"
+    assert {path.name for path in run.iterdir()} == {
+        "checkpoints",
+        "config.yaml",
+        "curves.png",
+        "metrics.csv",
+        "samples.txt",
+    }
+    columns = (run / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"train_loss", "val_loss", "val_bits_per_byte", "lr-AdamW/decay", "lr-AdamW/no_decay"} <= set(columns)
+    assert len(list((run / "checkpoints").iterdir())) == 1
+    assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_steps"] == 4
+    shown = capsys.readouterr().out
+    assert "tokens/s=" in shown and "train_loss=" in shown and "--- step 4 ---" in shown

@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ThroughputMonitor
+from lightning.pytorch.loggers import CSVLogger
+from torch.nn import functional as F
+
+from sat_lightning.data import ByteTokenizer
+from sat_lightning.errors import ConfigError
+from sat_lightning.generation import sample_continuation, sample_token
+from sat_lightning.training import CurvePlotter, SampleText, TrainingProgressBar, count_rows, count_tokens
+from sat_lightning.training.callbacks.curves import draw_curves, read_curves
+from sat_lightning.training.runs import write_whole
+from tests.training_examples import CountingData, counting_loader, make_model, make_task, make_trainer
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+class ForeignModule(L.LightningModule):
+    """A stranger's module: none of our classes, another batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(257, 257)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.table(input_ids)
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        loss = F.cross_entropy(self(batch[0]).flatten(0, 1), batch[0].flatten())
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class TextData(L.LightningDataModule):
+    """A stranger's data module with the two names that SampleText asks for."""
+
+    text_tokenizer = ByteTokenizer()
+    sequence_length = 8
+
+    def train_dataloader(self) -> torch.utils.data.DataLoader:
+        return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randint(0, 257, (32, 8))), 4)
+
+
+def csv_logger(folder: Any) -> CSVLogger:
+    return CSVLogger(folder, name=None, version="")
+
+
+def test_curves_lie_beside_the_metrics(tmp_path) -> None:
+    trainer = make_trainer(
+        4, logger=csv_logger(tmp_path), callbacks=CurvePlotter(), log_every_n_steps=1, val_check_interval=2
+    )
+    trainer.fit(make_task(), CountingData())
+    assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
+    curves = read_curves(tmp_path / "metrics.csv", ("train_loss", "val_loss", "lacking"))
+    assert {name: steps for name, (steps, _) in curves.items()} == {"train_loss": [0, 1, 2, 3], "val_loss": [1, 3]}
+    assert curves["val_loss"][1][-1] == pytest.approx(trainer.callback_metrics["val_loss"].item())
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_broken_run_has_curves_and_its_own_error(tmp_path) -> None:
+    class Break(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step == 3:
+                raise RuntimeError("the disk is gone")
+
+    trainer = make_trainer(
+        9, logger=csv_logger(tmp_path), callbacks=[Break(), CurvePlotter()], log_every_n_steps=1, max_epochs=1
+    )
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        trainer.fit(make_task(), counting_loader())
+    assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
+
+
+def test_curves_without_metrics_or_matplotlib(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_curves(tmp_path / "none.csv", ("train_loss",)) == {}
+    with pytest.warns(UserWarning, match="CurvePlotter draws what a CSVLogger wrote, and trainer.logger has none."):
+        make_trainer(1, callbacks=CurvePlotter()).fit(ForeignModule(), TextData())
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "matplotlib" else find(name))
+    with pytest.raises(ConfigError, match=r'matplotlib, .* Run: pip install "sat_lightning\[plot\]", or remove Curve'):
+        make_trainer(1, callbacks=CurvePlotter()).fit(make_task(), counting_loader())
+
+
+def test_curves_take_other_formats() -> None:
+    assert b"<svg" in draw_curves({"val_loss": ([1.0, 2.0], [3.0, 2.5])}, "svg")
+
+
+def test_sample_is_printed_and_kept(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    callback = SampleText("def ", num_tokens=12, every_validation=True)
+    model = make_model(vocab_size=257, max_sequence_length=8)
+
+    class Data(TextData):
+        def train_dataloader(self) -> torch.utils.data.DataLoader:
+            ids = torch.randint(0, 257, (16, 9))
+            rows = [{"input_ids": row[:-1], "target_ids": row[1:]} for row in ids]
+            return torch.utils.data.DataLoader(rows, 4)
+
+        val_dataloader = train_dataloader
+
+    trainer = make_trainer(4, callbacks=callback, val_check_interval=2, default_root_dir=tmp_path)
+    trainer.fit(make_task(model), Data())
+    text = (tmp_path / "samples.txt").read_text(encoding="utf-8")
+    assert [line for line in text.splitlines() if line.startswith("--- ")] == ["--- step 2 ---", "--- step 4 ---"]
+    assert text.count("def ") == 2
+    assert "--- step 4 ---\ndef " in capsys.readouterr().out
+
+
+def test_sample_works_for_a_strangers_module_and_changes_nothing(tmp_path) -> None:
+    def train(*callbacks: L.Callback) -> ForeignModule:
+        torch.manual_seed(1)
+        module = ForeignModule()
+        make_trainer(3, callbacks=list(callbacks), default_root_dir=tmp_path).fit(module, TextData())
+        return module
+
+    sampled, plain = train(SampleText(num_tokens=5)), train()
+    assert torch.equal(sampled.table.weight, plain.table.weight)
+    assert (tmp_path / "samples.txt").read_text(encoding="utf-8", errors="strict").startswith("--- step 3 ---\n")
+
+
+def test_sample_draws_the_same_text_again() -> None:
+    trainer, module = make_trainer(1), ForeignModule()
+    trainer.fit(module, TextData())
+    torch.manual_seed(0)
+    once = SampleText("a", num_tokens=40, top_k=None).sample(trainer, module)
+    torch.manual_seed(1)
+    assert SampleText("a", num_tokens=40, top_k=None).sample(trainer, module) == once
+    assert SampleText("a", num_tokens=40, top_k=None, seed=1).sample(trainer, module) != once
+    assert once.startswith("a") and module.training
+
+
+def test_sample_needs_a_tokenizer() -> None:
+    with pytest.raises(ConfigError, match="SampleText turns ids into text with the data module's text_tokenizer"):
+        make_trainer(1, callbacks=SampleText()).fit(make_task(), counting_loader())
+
+
+def test_sampling_takes_the_likely() -> None:
+    logits = torch.tensor([[0.0, 3.0, 2.0, -1.0]]).repeat(2000, 1)
+    assert sample_token(logits, temperature=0.0).unique().tolist() == [1]
+    assert sample_token(logits, top_k=2).unique().tolist() == [1, 2]
+    shares = torch.bincount(sample_token(logits, temperature=2.0), minlength=4) / 2000
+    assert torch.allclose(shares, (logits[0] / 2).softmax(-1), atol=0.05)
+
+
+def test_continuation_sees_only_its_context() -> None:
+    seen = []
+
+    def count_on(input_ids: torch.Tensor) -> torch.Tensor:
+        seen.append(input_ids.tolist())
+        return F.one_hot((input_ids + 1) % 7, 7).float()
+
+    ids = sample_continuation(count_on, torch.tensor([[1, 2], [4, 5]]), 3, context_length=3, temperature=0.0)
+    assert ids.tolist() == [[1, 2, 3, 4, 5], [4, 5, 6, 0, 1]]
+    assert seen[-1] == [[2, 3, 4], [5, 6, 0]]
+
+
+@pytest.mark.parametrize("arguments", [dict(max_steps=16), dict(max_steps=-1, max_epochs=2)], ids=str)
+def test_bar_shows_loss_and_speed_over_the_whole_run(
+    arguments: dict, capsys: pytest.CaptureFixture[str], tmp_path
+) -> None:
+    trainer = make_trainer(
+        **arguments, callbacks=TrainingProgressBar(refresh_rate=2), enable_progress_bar=True, log_every_n_steps=2
+    )
+    trainer.fit(make_task(), CountingData())
+    shown = capsys.readouterr().out
+    assert "100%|██████████| 16/16" in shown and "8/16" in shown  # 8 batches to an epoch
+    last = shown.rsplit("16/16", 1)[1]
+    assert "train_loss=" in last and "val_loss=" in last and "tokens/s=" in last and "v_num" not in last
+
+
+def test_bar_works_in_a_strangers_pipeline_without_an_end(capsys: pytest.CaptureFixture[str]) -> None:
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            trainer.should_stop = trainer.global_step == 12
+
+    trainer = make_trainer(
+        -1, max_epochs=-1, callbacks=[Stop(), TrainingProgressBar(refresh_rate=2)], enable_progress_bar=True
+    )
+    trainer.fit(ForeignModule(), TextData())
+    shown = capsys.readouterr().out
+    assert "Epoch 1:" in shown and "8/8" in shown and "train_loss=" in shown and "tokens/s=" in shown
+
+
+def test_throughput_monitor_counts_tokens_and_flops(tmp_path) -> None:
+    monitor = ThroughputMonitor(batch_size_fn=count_rows, length_fn=count_tokens, window_size=3)
+    logger = csv_logger(tmp_path)
+    trainer = make_trainer(6, callbacks=monitor, logger=logger, log_every_n_steps=1)
+    trainer.fit(make_task(), CountingData())
+    logger.save()
+    curves = read_curves(
+        tmp_path / "metrics.csv",
+        tuple(f"train/{n}" for n in ("samples", "lengths"))
+        + tuple(f"train/device/{n}" for n in ("items_per_sec", "samples_per_sec", "flops_per_sec")),
+    )
+    assert curves["train/samples"][1] == [8.0 * step for step in range(1, 7)]
+    assert curves["train/lengths"][1] == [128.0 * step for step in range(1, 7)]
+    rates = [curves[f"train/device/{name}_per_sec"][1][-1] for name in ("items", "samples", "flops")]
+    assert rates[0] == pytest.approx(16 * rates[1]) and rates[2] > rates[0]
+
+
+@pytest.mark.parametrize(
+    ("batch", "num_rows", "num_tokens"),
+    [
+        ({"input_ids": torch.zeros(3, 5, dtype=torch.long), "other": torch.zeros(9, 9)}, 3, 15),
+        ([torch.zeros(4, 7, dtype=torch.long), torch.zeros(4)], 4, 28),
+        ({"images": torch.zeros(2, 3, 8, 8)}, 2, 2),
+        (torch.zeros(6, 10), 6, 6),
+        ("text", 1, 1),
+    ],
+)
+def test_counts_of_any_batch(batch: Any, num_rows: int, num_tokens: int) -> None:
+    assert (count_rows(batch), count_tokens(batch)) == (num_rows, num_tokens)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "new" / "file.txt"
+    write_whole(path, b"old")
+    with pytest.raises(TypeError):
+        write_whole(path, "text")  # fails before it is renamed
+    assert path.read_bytes() == b"old" and list(path.parent.iterdir()) == [path]
