@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sat_lightning.data import IGNORED_TARGET
-from sat_lightning.training.module import SATLightningModule, Step
+from sat_lightning.training.module import SATLightningModule
+from sat_lightning.training.steps import Step
 
 _SPLITS = {"val": "validation", "test": "test"}
 
