@@ -17,6 +17,7 @@ import sys
 import typing
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -118,8 +119,9 @@ def _make_cli_class() -> Any:  # noqa: ANN401 - a class of a module that is impo
             return super().init_parser(exit_on_error=False, allow_abbrev=False, **kwargs)
 
         def parse_arguments(self, parser: ArgumentParser, args: Any) -> None:  # noqa: ANN401
-            with warnings.catch_warnings():
+            with _every_deprecation(), warnings.catch_warnings():
                 # A nested parser completes a misspelt option to one that begins so; we want to hear of it.
+                warnings.filterwarnings("ignore", category=DeprecationWarning)
                 warnings.filterwarnings("error", message="(?s).*was expanded to")
                 try:
                     self.config = parser.parse_args(args)
@@ -146,6 +148,19 @@ def _make_cli_class() -> Any:  # noqa: ANN401 - a class of a module that is impo
                 raise refusal from None
 
     return TrainerCLI
+
+
+@contextmanager
+def _every_deprecation() -> Iterator[None]:
+    """Let jsonargparse give each of its warnings every time, and none about how often it gives them."""
+    name = "JSONARGPARSE_DEPRECATION_WARNINGS"
+    before, os.environ[name] = os.environ.get(name), "all"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -221,6 +221,18 @@ def test_refusals_fit_on_a_line_and_name_what_was_meant(
     assert line.startswith("sat-lightning fit: error: ") and REFUSED[words] in line
 
 
+def test_a_refusal_is_the_same_whatever_was_warned_of_before(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jsonargparse import _deprecated
+
+    words = "--model.model.config.num_layer 2"
+    for shown in (set(), set(_deprecated.shown_deprecation_warnings), {"abbreviation"}):
+        monkeypatch.setattr(_deprecated, "shown_deprecation_warnings", shown)
+        for _ in range(2):
+            assert REFUSED[words] in refusal(capsys, "fit", "--config", "tiny.yaml", *words.split())
+
+
 @pytest.mark.parametrize(
     ("old", "new", "text"),
     [
