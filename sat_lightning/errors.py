@@ -30,6 +30,10 @@ class CheckpointError(SatError):
     """A checkpoint cannot be read, or does not fit the model."""
 
 
+class UsageError(SatError):
+    """A command line cannot be understood."""
+
+
 class DataError(SatError):
     """A data source is missing, empty, or does not fit the model."""
 

@@ -11,8 +11,9 @@ import torch
 import yaml
 
 from sat_lightning import __version__
-from sat_lightning.cli import VERBS, explain_refusal, main
+from sat_lightning.cli import VERBS, main
 from sat_lightning.training import LanguageModelingTask
+from sat_lightning.training.refusals import explain_refusal
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = """
