@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sat_lightning.models  # noqa: F401  (registers the families that a folder may name)
+from sat_lightning.checkpoint.sat import PARTITION_NAME, read_sat_tensors
 from sat_lightning.errors import CheckpointError, nearest
 from sat_lightning.model import BaseModel, find_model
 
@@ -69,13 +70,17 @@ def load_checkpoint(model: BaseModel, path: str | os.PathLike[str], strict: bool
         CheckpointError: if there is nothing to read, names do not match under `strict`, or shapes do not fit; the model
             is then as it was.
     """
-    file = Path(path) / WEIGHTS_NAME if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise CheckpointError(f"{file}: there is no such file.{_found_beside(file)}")
-    try:
-        tensors = load_file(file)
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} is no whole safetensors file ({error}). Copy or save it again.") from error
+    file = Path(path)
+    if file.is_dir() and not (file / WEIGHTS_NAME).is_file() and any(file.rglob(PARTITION_NAME.format(0))):
+        tensors = read_sat_tensors(file)
+    else:
+        file = file / WEIGHTS_NAME if file.is_dir() else file
+        if not file.is_file():
+            raise CheckpointError(f"{file}: there is no such file.{_found_beside(file)}")
+        try:
+            tensors = load_file(file)
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} is no whole safetensors file ({error}). Copy or save it again.") from error
     own = model.state_dict()
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if strict and (missing or unexpected):

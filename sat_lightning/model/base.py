@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import ConfigError, HookError, InputError, nearest
 from sat_lightning.hooks import RESERVED, HookTable, explain, resolve_hooks
+from sat_lightning.model.keymap import KeyMap
 from sat_lightning.model.mixin import BaseMixin
 from sat_lightning.nn.masks import MaskLike
 from sat_lightning.nn.transformer import Transformer
@@ -60,6 +61,8 @@ class BaseModel(nn.Module):
     config_class: ClassVar[type[TransformerConfig]] = TransformerConfig
     #: What an omitted `attention_mask` means in this family: None is full, "causal" is lower triangular.
     default_mask: ClassVar[MaskLike] = None
+    #: What Hugging Face calls the tensors of this family, one table for each kind of file.
+    key_maps: ClassVar[tuple[KeyMap, ...]] = ()
     hooks: HookTable
 
     def __init__(

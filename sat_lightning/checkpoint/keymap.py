@@ -1,0 +1,257 @@
+"""Reads the tables of `sat_lightning.model.keymap` in both directions, by names first and bytes last.
+
+`plan_import` and `plan_export` look at names only and fail before anything is read if one would be lost; the plan then
+gives one tensor after the other, so that a whole checkpoint is never held twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sat_lightning.checkpoint.templates import Group, expand, fill_theirs
+from sat_lightning.config import TransformerConfig
+from sat_lightning.errors import CheckpointError
+from sat_lightning.model.keymap import KeyMap
+
+
+@dataclass
+class Plan:
+    """What is read from where; `read` and `write` give the target's names and tensors, one after the other."""
+
+    groups: list[Group]
+    config: TransformerConfig
+    layout: dict[str, Any]
+    """What a file leaves to choice, as JSON: `without_prefix`, `legacy_suffixes`, `tied` (names written although they
+    could be left out), `buffers` (name template -> dtype). Written files repeat it."""
+    files: dict[str, str] = field(default_factory=dict)
+    """Name in the table -> name in the file, where they differ."""
+    tied: dict[str, str] = field(default_factory=dict)
+    """Names of theirs that equal another one, in the table's names."""
+    buffers: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
+    """Names of theirs whose values are known -> template and value."""
+    is_untied: bool = False
+    """Whether `write` met a pair that the configuration ties and the weights do not."""
+
+    def read(self, source: Mapping[str, Tensor], what: str) -> Iterator[tuple[str, Tensor]]:
+        """Yield our names and tensors from a file of theirs.
+
+        Args:
+            source: their tensors by name; each is asked for when its turn comes.
+            what: the file, for messages.
+
+        Raises:
+            CheckpointError: if a tensor has a shape the rule cannot use, or a redundant one says something else.
+        """
+        for name, (template, value) in self.buffers.items():
+            found = source[self.files.get(name, name)]
+            self.layout.setdefault("buffers", {})[template] = str(found.dtype).removeprefix("torch.")
+            if found.shape != value.shape or not torch.equal(found, value.to(found.dtype)):
+                raise CheckpointError(
+                    f"{what}: '{name}' is not what the configuration makes of it. Remove it, if stale."
+                )
+        for name, other in self.tied.items():
+            if not torch.equal(source[self.files.get(name, name)], source[self.files.get(other, other)]):
+                raise CheckpointError(
+                    f"{what}: '{name}' and '{other}' differ, though its configuration ties them. Set "
+                    "tie_word_embeddings to false in its config.json, or remove the one that is stale."
+                )
+        for group in self.groups:
+            tensors = [source[self.files.get(name, name)] for name in group.theirs]
+            yield from zip(group.ours, _apply(group, "from_hf", tensors, self.config, what), strict=True)
+
+    def write(self, source: Mapping[str, Tensor], what: str) -> Iterator[tuple[str, Tensor]]:
+        """Yield their names and tensors from a state dict of ours; see `read`."""
+        held: dict[str, Tensor] = {}
+        for group in self.groups:
+            tensors = _apply(group, "to_hf", [source[name] for name in group.ours], self.config, what)
+            for name, tensor in zip(group.theirs, tensors, strict=True):
+                if name in self.tied or name in self.tied.values():
+                    held[name] = tensor
+                if name not in self.tied:
+                    yield self.files.get(name, name), tensor
+        for name, other in self.tied.items():
+            if other not in held:
+                continue
+            is_equal = name not in held or torch.equal(held[name], held[other])
+            self.is_untied |= not is_equal
+            if name in self.layout.get("tied", ()) or not is_equal:
+                yield self.files.get(name, name), held.get(name, held[other]).clone()
+        for name, (_, value) in self.buffers.items():
+            yield self.files.get(name, name), value
+
+
+def plan_import(
+    key_map: KeyMap,
+    source: Collection[str],
+    config: TransformerConfig,
+    target: Collection[str],
+    *,
+    what: str = "the source",
+    is_tied: bool = True,
+    ignore: Sequence[str] = (),
+    may_miss: Sequence[str] = (),
+) -> Plan:
+    """Plan the reading of a Hugging Face file.
+
+    Args:
+        key_map: the family's table.
+        source: names in the file.
+        config: our configuration.
+        target: names of our state dict.
+        what: the file, for messages.
+        is_tied: whether the file's configuration ties the pairs of `key_map.tied`.
+        ignore: names of theirs, with `*`, that are left unread on purpose.
+        may_miss: names of ours, with `*`, that may stay unfilled.
+
+    Returns:
+        The plan.
+
+    Raises:
+        CheckpointError: if a source name would be unread or a target name unfilled; both lists are in the message.
+    """
+    groups = expand(key_map, config)
+    plan = Plan([], config, {})
+    known = {name for group in groups for name in group.theirs} | key_map.tied.keys()
+    known |= {name for template in key_map.buffers for name in fill_theirs(template, key_map, config)}
+    present = {_table_name(name, key_map, known, plan.layout): name for name in source if not _matches(name, ignore)}
+    plan.files = {name: actual for name, actual in present.items() if name != actual}
+    unread, unfilled = set(present), {n for n in target if not _matches(n, (*key_map.derived, *may_miss))}
+    unread -= _plan_buffers(plan, key_map, present)
+    if is_tied:
+        unread -= _plan_ties(plan, key_map, present)
+    for group in groups:
+        if all(name in present for name in group.theirs) and all(name in target for name in group.ours):
+            plan.groups.append(group)
+            unread.difference_update(group.theirs)
+            unfilled.difference_update(group.ours)
+    if unread or unfilled:
+        raise CheckpointError(_describe_failure(what, key_map, {present[name] for name in unread}, unfilled))
+    return plan
+
+
+def _plan_buffers(plan: Plan, key_map: KeyMap, present: Mapping[str, str]) -> set[str]:
+    """Note the buffers that a file carries; returns their names."""
+    for template, make in key_map.buffers.items():
+        if names := [name for name in fill_theirs(template, key_map, plan.config) if name in present]:
+            plan.buffers |= dict.fromkeys(names, (template, make(plan.config)))
+    return set(plan.buffers)
+
+
+def _plan_ties(plan: Plan, key_map: KeyMap, present: dict[str, str]) -> set[str]:
+    """Let one half of a tied pair stand for the other; returns names that need no rule."""
+    done = set()
+    for name, other in key_map.tied.items():
+        if name in present and other in present:
+            plan.tied[name] = other
+            done.add(name)
+        elif other in present:
+            plan.files[name] = present[name] = present[other]
+        elif name in present:
+            plan.files[other] = present[other] = present[name]
+            done.add(name)
+    if plan.tied:
+        plan.layout["tied"] = sorted(plan.tied)
+    return done
+
+
+def plan_export(
+    key_map: KeyMap,
+    source: Collection[str],
+    config: TransformerConfig,
+    *,
+    layout: Mapping[str, Any] | None = None,
+    is_tied: bool = True,
+    what: str = "the model",
+    ignore: Sequence[str] = (),
+) -> Plan:
+    """Plan the writing of a Hugging Face file.
+
+    Args:
+        key_map: the family's table.
+        source: names of our state dict.
+        config: our configuration.
+        layout: choices of the file that the model came from. Default: today's names, ties left out.
+        is_tied: whether the configuration ties the pairs of `key_map.tied`.
+        what: the model, for messages.
+        ignore: names of ours, with `*`, that are left out on purpose.
+
+    Returns:
+        The plan.
+
+    Raises:
+        CheckpointError: if one of our tensors has no place in the file.
+    """
+    groups = [group for group in expand(key_map, config) if all(name in source for name in group.ours)]
+    plan = Plan(groups, config, dict(layout or {}), tied=dict(key_map.tied) if is_tied else {})
+    unread = {name for name in source if not _matches(name, (*key_map.derived, *ignore))}
+    unread -= {name for group in groups for name in group.ours}
+    if unread:
+        raise CheckpointError(_describe_failure(what, key_map, unread, set()))
+    for template, dtype in plan.layout.get("buffers", {}).items():
+        value = key_map.buffers[template](config).to(getattr(torch, dtype))
+        plan.buffers |= dict.fromkeys(fill_theirs(template, key_map, config), (template, value))
+    names = [name for group in groups for name in group.theirs] + [*plan.buffers, *plan.tied]
+    plan.files = {name: _file_name(name, key_map, plan.layout) for name in names}
+    return plan
+
+
+def _table_name(name: str, key_map: KeyMap, known: Collection[str], layout: dict[str, Any]) -> str:
+    """Return what today's table calls a name of a file, and note in `layout` how the file differs."""
+    if name in known:
+        return name
+    for old, new in key_map.legacy_suffixes.items():
+        if name.endswith(old) and name not in known:
+            candidate = name.removesuffix(old) + new
+            if candidate in known or key_map.prefix + candidate in known:
+                layout.setdefault("legacy_suffixes", [])
+                if old not in layout["legacy_suffixes"]:
+                    layout["legacy_suffixes"].append(old)
+                name = candidate
+                break
+    if name not in known and key_map.prefix and key_map.prefix + name in known:
+        layout["without_prefix"] = True
+        return key_map.prefix + name
+    return name
+
+
+def _file_name(name: str, key_map: KeyMap, layout: Mapping[str, Any]) -> str:
+    """Undo `_table_name`."""
+    if layout.get("without_prefix"):
+        name = name.removeprefix(key_map.prefix)
+    for old in layout.get("legacy_suffixes", ()):
+        new = key_map.legacy_suffixes[old]
+        # Old files spelt only the norms so; the suffix map says which names it means by their whole end.
+        if name.endswith(new):
+            return name.removesuffix(new) + old
+    return name
+
+
+def _apply(group: Group, direction: str, tensors: list[Tensor], config: TransformerConfig, what: str) -> list[Tensor]:
+    try:
+        return [tensor.contiguous() for tensor in getattr(group.transform, direction)(tensors, config)]
+    except (RuntimeError, IndexError, ValueError) as error:
+        names, targets = (group.theirs, group.ours) if direction == "from_hf" else (group.ours, group.theirs)
+        shapes = ", ".join(f"'{n}' {list(t.shape)}" for n, t in zip(names, tensors, strict=True))
+        raise CheckpointError(f"{what}: {shapes} cannot become {', '.join(targets)}: {error}.") from error
+
+
+def _describe_failure(what: str, key_map: KeyMap, unread: Collection[str], unfilled: Collection[str]) -> str:
+    return (
+        f"{what}: the map of '{key_map.model_type}' leaves {_list(unread)} unread and {_list(unfilled)} unfilled. "
+        "Check that the configuration is that of these weights; name what may be left in `ignore` and `may_miss`."
+    )
+
+
+def _list(names: Collection[str], limit: int = 20) -> str:
+    shown = ", ".join(sorted(names)[:limit]) or "nothing"
+    return f"{len(names)} ({shown}{', ...' if len(names) > limit else ''})" if names else shown
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

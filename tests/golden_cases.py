@@ -1,0 +1,130 @@
+"""Runs recorded cases: a folder with case.json, io.safetensors and the model's files. Drop a folder in, and it runs.
+
+A case is `tests/data/golden/<case>/`:
+
+- `case.json`: `model_class`, `config`, `tolerance`, and `calls`: `{name, target (a method; default the call), kwargs,
+  outputs}`. A kwarg "@x" is tensor x of io.safetensors, all else is literal; `outputs` says for each expected tensor
+  where it is in the result (`ret[1]['hidden_states']`).
+- `checkpoint/`: SAT's own layout (`latest`, `model_config.json`, `1/mp_rank_00_model_states.pt`), or, smaller,
+  `model_config.json` and `model.safetensors` in the folder itself. Either is loaded by `from_pretrained`.
+
+A case that needs more than its file says has an entry here: `MIXINS` (a user's own mixins, added before the weights are
+loaded) or `PROCEDURES` (cases whose notes describe what to run instead of `calls`). Names beginning with `bug_` record
+faults of SAT; `test_parity.py` says what is right there.
+"""
+
+import contextlib
+import dataclasses
+import json
+import re
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from sat_lightning import AutoModel
+from sat_lightning.checkpoint import load_checkpoint
+from sat_lightning.model import find_model
+from tests import golden_mixins as user
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+#: Case -> configuration -> the mixins that a user adds by hand, in order.
+MIXINS = {
+    "base_moe": lambda c: {"router": user.Router(c.num_layers, c.hidden_size, c.num_experts)},
+    "hook_cross_layer": lambda c: {"writer": user.Writer(c.hidden_size), "reader": user.Reader()},
+    "hook_cross_layer_ckpt1": lambda c: {"writer": user.Writer(c.hidden_size), "reader": user.Reader()},
+    "hook_replacable": lambda c: {
+        "ra": user.ReplacableScale(),
+        "rb": user.PlainScale(),
+        "rc": user.Shift(1),
+    },
+    "mixin_stack_scale_shift": lambda c: {
+        "scale": user.HeadScale(c.num_attention_heads, c.head_size),
+        "shift": user.HeadShift(c.num_attention_heads, c.head_size),
+    },
+}
+#: Case -> function of the case, which runs what the notes describe and compares.
+PROCEDURES = {}
+#: Case -> arguments of from_pretrained that it needs.
+OPTIONS = {}
+#: Cases that are recorded for other tests: generation, adapters, faults.
+ELSEWHERE = re.compile(r"gen_|lora|adapter|ffadd|prefix|bug_|mlphead")
+
+# Fields of a case's `config` that are no part of the architecture, and None for "default": left out.
+_TRAINING = {"hidden_dropout", "attention_dropout", "drop_path", "model_parallel_size", "init_method_std"}
+
+
+def case_names(pattern=""):
+    """Names of the cases that the general test runs, by a regular expression on their beginning."""
+    names = sorted(path.name for path in GOLDEN.iterdir() if (path / "case.json").is_file())
+    return [name for name in names if re.match(pattern, name) and not ELSEWHERE.match(name)]
+
+
+class Case:
+    """One recorded model: `model` stands with its weights, in eval mode."""
+
+    def __init__(self, name, **changes):
+        self.name, folder = name, GOLDEN / name
+        self.record = json.loads((folder / "case.json").read_text())
+        self.tensors = load_file(folder / "io.safetensors")
+        self.tolerance = max(self.record["tolerance"]["atol"], 1e-6)
+        self.folder = folder / "checkpoint" if (folder / "checkpoint").is_dir() else folder
+        self.model = self.load(**changes).eval()
+
+    def load(self, **changes):
+        """Load by the public API; what SAT leaves out of model_config.json is taken from case.json."""
+        options = {**self._left_out(), **OPTIONS.get(self.name, {}), **changes}
+        if self.name not in MIXINS:
+            return AutoModel.from_pretrained(self.folder, **options)
+        values = json.loads((self.folder / "model_config.json").read_text())
+        model_class = find_model(self.record["model_class"])
+        model = model_class(model_class.config_class.from_dict(values).replace(**options))
+        with warnings.catch_warnings() if self.name == "hook_replacable" else contextlib.nullcontext():
+            warnings.simplefilter("ignore")  # a replaceable hook is replaced, which warns
+            for mixin_name, mixin in MIXINS[self.name](model.config).items():
+                model.add_mixin(mixin_name, mixin)
+        load_checkpoint(model, self.folder)
+        return model
+
+    def _left_out(self):
+        values = json.loads((self.folder / "model_config.json").read_text())
+        config_class = find_model(self.record["model_class"]).config_class
+        defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
+        return {
+            name: value
+            for name, value in self.record["config"].items()
+            if name in defaults.keys() - values.keys() - _TRAINING and value not in (None, defaults[name])
+        }
+
+    def run(self, call):
+        function = getattr(self.model, call.get("target") or "__call__")
+        return function(**{name: self.value(value) for name, value in call["kwargs"].items()})
+
+    def value(self, value):
+        """A literal, or the tensor that "@name" names, inside lists and dicts too."""
+        if isinstance(value, str) and value.startswith("@"):
+            return self.tensors[value[1:]]
+        if isinstance(value, (list, tuple)):
+            return [self.value(one) for one in value]
+        return {k: self.value(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    def check(self):
+        """Run every call, or the procedure of the case, and compare every recorded tensor."""
+        if self.name in PROCEDURES:
+            PROCEDURES[self.name](self)
+            return
+        if not self.record.get("calls"):
+            raise LookupError(f"{self.name} has no calls: write its procedure, see PROCEDURES in {__file__}.")
+        with torch.no_grad():
+            for call in self.record["calls"]:
+                result = self.run(call)
+                for key, place in call["outputs"].items():
+                    got = eval(place, {"ret": result})  # noqa: S307  (places such as ret[1]['hidden_states'])
+                    self.compare(got, key)
+
+    def compare(self, got, key):
+        """Compare a tensor with the recorded one of that name."""
+        wanted = self.tensors[key]
+        assert_close(got, wanted, atol=self.tolerance, rtol=1e-5, msg=lambda m: f"{self.name} {key}: {m}")

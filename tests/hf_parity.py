@@ -1,0 +1,110 @@
+"""Checks that a family equals Hugging Face on random weights, both ways; a family's test calls `check_parity`.
+
+    def test_gptneo_equals_hugging_face():
+        theirs = transformers.GPTNeoForCausalLM(transformers.GPTNeoConfig(...tiny...))
+        ours = check_parity(theirs, {"input_ids": ids}, lambda out: out.logits)   # the class is found by config.json
+
+What is compared: names, shapes, dtypes and bytes of theirs -> ours -> theirs; outputs; gradients of every parameter;
+outputs in bfloat16.
+"""
+
+import json
+
+import torch
+from torch.testing import assert_close
+
+from sat_lightning.checkpoint.huggingface import find_key_map, import_config
+from sat_lightning.checkpoint.keymap import plan_export, plan_import
+
+
+def randomise(model, std=0.05):
+    """Weights that no default would hide behind; norms stay near 1."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            is_norm = parameter.dim() == 1 and name.endswith("weight")
+            parameter.copy_(torch.randn_like(parameter) * std + is_norm)
+
+
+def to_ours(theirs, model_class=None, **overrides):
+    """Convert a Hugging Face model in memory; returns (our model in eval mode, key map, the layout of their file)."""
+    values = json.loads(theirs.config.to_json_string(use_diff=False)) | {"architectures": [type(theirs).__name__]}
+    found, key_map = find_key_map(values, model_class)
+    config = import_config(found, key_map, values).replace(**overrides)
+    ours = found(config)
+    for name in key_map.without:
+        ours.del_mixin(name)
+    for name, make in key_map.adds.items():
+        ours.add_mixin(name, make(config))
+    source = theirs.state_dict()
+    is_tied = values.get("tie_word_embeddings", key_map.is_tied_by_default)
+    plan = plan_import(key_map, source, config, ours.state_dict().keys(), is_tied=is_tied)
+    ours.load_state_dict(dict(plan.read(source, "theirs")), strict=False)
+    return ours.eval(), key_map, plan
+
+
+def check_round_trip(theirs, ours, key_map, layout, is_tied):
+    source = ours.state_dict()
+    plan = plan_export(key_map, source, ours.config, layout=layout, is_tied=is_tied)
+    back, expected = dict(plan.write(source, "ours")), theirs.state_dict()
+    assert back.keys() == expected.keys(), back.keys() ^ expected.keys()
+    for name, tensor in expected.items():
+        assert back[name].dtype == tensor.dtype and torch.equal(back[name], tensor), name
+
+
+def check_parity(theirs, kwargs, pick, *, our_kwargs=None, our_pick=None, visible=None, model_class=None, **options):
+    """Compare a Hugging Face model with ours.
+
+    Args:
+        theirs: the model; its weights are drawn anew here.
+        kwargs: of its call.
+        pick: output -> tensor of theirs.
+        our_kwargs: of our call. Default: the same.
+        our_pick: output -> tensor of ours. Default: the first.
+        visible: bool tensor that indexes both tensors before they are compared (rows that no padding hides).
+        model_class: ours. Default: found by their configuration.
+        **options: `atol` of fp32 outputs (1e-5), `grad_atol` (1e-4), `bf16_atol` (6e-2; None leaves bf16 out).
+
+    Returns:
+        Our model.
+    """
+    torch.manual_seed(0)
+    randomise(theirs)
+    theirs.eval()
+    ours, key_map, plan = to_ours(theirs, model_class)
+    is_tied = getattr(theirs.config, "tie_word_embeddings", key_map.is_tied_by_default)
+    check_round_trip(theirs, ours, key_map, plan.layout, is_tied)
+    our_kwargs, our_pick = our_kwargs or kwargs, our_pick or (lambda out: out[0])
+    select = (lambda t: t) if visible is None else (lambda t: t[visible])
+    expected, got = select(pick(theirs(**kwargs))), select(our_pick(ours(**our_kwargs)))
+    assert_close(got, expected, atol=options.get("atol", 1e-5), rtol=1e-5)
+    check_gradients(theirs, ours, key_map, expected, got, is_tied, options.get("grad_atol", 1e-4))
+    if (bf16_atol := options.get("bf16_atol", 6e-2)) is not None:
+        with torch.no_grad():
+            theirs.to(torch.bfloat16), ours.to(torch.bfloat16)
+            expected, got = select(pick(theirs(**_to_bf16(kwargs)))), select(our_pick(ours(**_to_bf16(our_kwargs))))
+            assert_close(got.float(), expected.float(), atol=bf16_atol, rtol=bf16_atol)
+            theirs.float(), ours.float()
+    return ours
+
+
+def check_gradients(theirs, ours, key_map, expected, got, is_tied, atol):
+    direction = torch.randn_like(expected)
+    theirs.zero_grad(), ours.zero_grad()
+    (expected * direction).mean().backward()
+    (got * direction).mean().backward()
+    grads = {name: p.grad for name, p in theirs.named_parameters(remove_duplicate=False)}
+    tied = {name for pair in key_map.tied.items() for name in pair} if is_tied else set()
+    known = {name for name, grad in grads.items() if grad is not None and name not in tied}
+    mine = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in ours.named_parameters(remove_duplicate=False)
+    }
+    plan = plan_export(key_map, mine.keys(), ours.config, is_tied=False)
+    back = dict(plan.write(mine, "gradients"))
+    for name in known:
+        assert_close(back[name], grads[name], atol=atol, rtol=1e-3, msg=lambda m, n=name: f"gradient of {n}: {m}")
+    theirs.zero_grad(), ours.zero_grad()
+
+
+def _to_bf16(kwargs):
+    return {k: v.bfloat16() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in kwargs.items()}
