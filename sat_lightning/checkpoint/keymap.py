@@ -17,7 +17,7 @@ from torch import Tensor
 from sat_lightning.checkpoint.templates import Group, expand, fill_theirs
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import CheckpointError
-from sat_lightning.model.keymap import KeyMap
+from sat_lightning.model.keymap import Copies, KeyMap
 
 
 @dataclass
@@ -234,6 +234,9 @@ def _file_name(name: str, key_map: KeyMap, layout: Mapping[str, Any]) -> str:
 
 def _apply(group: Group, direction: str, tensors: list[Tensor], config: TransformerConfig, what: str) -> list[Tensor]:
     try:
+        if direction == "to_hf" and isinstance(group.transform, Copies):
+            if not all(torch.equal(tensors[0], other) for other in tensors[1:]):
+                raise ValueError("they are one tensor there, and differ here")
         return [tensor.contiguous() for tensor in getattr(group.transform, direction)(tensors, config)]
     except (RuntimeError, IndexError, ValueError) as error:
         names, targets = (group.theirs, group.ours) if direction == "from_hf" else (group.ours, group.theirs)
