@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import types
 
 import lightning as L
 import pytest
@@ -10,7 +12,13 @@ from lightning.pytorch.loggers import CSVLogger
 
 from sat_lightning.errors import ConfigError
 from sat_lightning.training import OptimConfig
-from sat_lightning.training.optim import group_parameters, make_schedule, schedule_factor, split_parameters
+from sat_lightning.training.optim import (
+    group_parameters,
+    make_adamw,
+    make_schedule,
+    schedule_factor,
+    split_parameters,
+)
 from tests.training_examples import ScaleMixin, counting_loader, make_model, make_task, make_trainer
 
 
@@ -81,13 +89,21 @@ def test_constant_schedule_needs_no_end() -> None:
     [
         (
             dict(schedule="cosin"),
-            "unknown schedule 'cosin', known are cosine, linear, constant. Did you mean 'cosine'?",
+            "unknown schedule 'cosin', known are cosine, linear, exponential, constant, wsd, inverse_sqrt, sat_linear, "
+            "sat_cosine. Did you mean 'cosine'?",
         ),
         (dict(learning_rate=0), "learning_rate is 0, it must be above 0."),
         (dict(weight_decay=-1), "weight_decay is -1, it cannot be negative."),
         (dict(warmup_ratio=2), "warmup_ratio is 2, a fraction from 0 to 1."),
         (dict(betas=(0.9, 1.0)), r"betas are \(0.9, 1.0\), two numbers from 0 up to \(not including\) 1."),
         (dict(warmup_steps=5, warmup_ratio=0.1), "warmup_steps 5 and warmup_ratio 0.1 are both set. Set one."),
+        (dict(schedule="exponential", minimum_ratio=0), "an exponential fall never reaches. Set it above 0."),
+        (dict(schedule="wsd", cooldown_shape="sqr"), "unknown cooldown_shape 'sqr', known are .* Did you mean 'sqrt'?"),
+        (dict(kind="adamw8bit"), "unknown kind 'adamw8bit', known are .* Did you mean 'adamw_8bit'?"),
+        (dict(layer_decay=0), "layer_decay is 0, it must be above 0."),
+        (dict(layer_decay=1.5), "layer_decay is 1.5, a factor from 0 to 1."),
+        (dict(decay_steps=0), "decay_steps is 0, it must be at least 1."),
+        (dict(auto_warmup_steps=-1), "auto_warmup_steps is -1, it cannot be negative."),
     ],
 )
 def test_settings_are_checked(settings: dict, text: str) -> None:
@@ -144,6 +160,39 @@ def test_trainer_steps_the_schedule_and_logs_both_groups(tmp_path) -> None:
     optimizer = trainer.optimizers[0]
     assert optimizer.defaults["fused"] and optimizer.defaults["betas"] == (0.9, 0.95)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+
+
+@pytest.mark.parametrize(("kind", "package"), [("adamw_8bit", "bitsandbytes"), ("adamw_offload", "torchao")])
+def test_library_that_is_not_installed_comes_with_its_install_line(monkeypatch, kind: str, package: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=f"kind {kind} needs {package}, which cannot .* Run: pip install {package}, "):
+        make_trainer(1).fit(make_task(optim=OptimConfig(kind=kind)), counting_loader())
+
+
+@pytest.mark.parametrize(("kind", "package"), [("adamw_8bit", "bitsandbytes"), ("adamw_offload", "torchao")])
+def test_kinds_that_need_a_gpu_say_so_and_get_our_settings(monkeypatch, kind: str, package: str) -> None:
+    made = {}
+
+    class Stub(types.ModuleType):
+        def __getattr__(self, name: str):
+            return lambda *args, **settings: made.update(name=name, args=args, settings=settings)
+
+    monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
+    monkeypatch.setitem(sys.modules, f"{package}.optim", Stub(f"{package}.optim"))
+    config = OptimConfig(kind=kind, learning_rate=0.5, weight_decay=0.25)
+    with pytest.raises(ConfigError, match=f"kind {kind} needs all parameters on a GPU. Use kind adamw on other"):
+        make_adamw(group_parameters(torch.nn.Linear(2, 2)), config)
+    groups = group_parameters(torch.nn.Linear(2, 2))
+    for group in groups:
+        group["params"] = [types.SimpleNamespace(device=torch.device("cuda"))]
+    make_adamw(groups, config)
+    expected = dict(lr=0.5, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.25)
+    if kind == "adamw_8bit":
+        assert made == dict(name="AdamW8bit", args=(groups,), settings=expected)
+    else:
+        unnamed = [{key: value for key, value in group.items() if key != "name"} for group in groups]
+        assert made["name"] == "CPUOffloadOptimizer" and made["settings"] == expected | {"fused": True}
+        assert made["args"] == (unnamed, torch.optim.AdamW)
 
 
 def test_own_optimizer_takes_the_groups_and_the_schedule() -> None:

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from sat_lightning.training.callbacks import CurvePlotter, MixtureMonitor, SampleText, TrainingProgressBar
     from sat_lightning.training.datamodule import SATDataModule
     from sat_lightning.training.dataoptions import DataOptions
+    from sat_lightning.training.groups import ParameterRule
     from sat_lightning.training.module import SATLightningModule
     from sat_lightning.training.optim import OptimConfig
     from sat_lightning.training.stream import StreamDataModule
@@ -19,6 +20,7 @@ __all__ = [
     "LanguageModelingTask",
     "MixtureMonitor",
     "OptimConfig",
+    "ParameterRule",
     "SATDataModule",
     "SATLightningModule",
     "SampleText",
@@ -32,6 +34,7 @@ _MODULES = {
     "callbacks": ("CurvePlotter", "MixtureMonitor", "SampleText", "TrainingProgressBar"),
     "datamodule": ("SATDataModule",),
     "dataoptions": ("DataOptions",),
+    "groups": ("ParameterRule",),
     "module": ("SATLightningModule",),
     "optim": ("OptimConfig",),
     "stream": ("StreamDataModule",),

@@ -7,13 +7,13 @@ from typing import Any
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch.optim import Optimizer
 
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import ConfigError
 from sat_lightning.model import BaseMixin, BaseModel
 from sat_lightning.training.freezing import describe_trainable, freeze_parameters
-from sat_lightning.training.optim import OptimConfig, OptimizerFactory, group_parameters, make_adamw, make_schedule
+from sat_lightning.training.groups import freeze_by_rules, group_parameters, scale_learning_rates
+from sat_lightning.training.optim import OptimConfig, OptimizerFactory, make_adamw, make_schedule
 from sat_lightning.training.runs import is_trial
 from sat_lightning.training.steps import StepModule
 from sat_lightning.training.throughput import count_flops
@@ -40,7 +40,7 @@ class SATLightningModule(StepModule):
         frozen: regular expressions over parameter names; what matches does not train, also inside `trainable`.
         compile: compile the model in place; a dict holds arguments of `torch.compile`.
         optimizer: builds an optimizer from parameter groups, instead of AdamW.
-        optim: settings of AdamW, and of the schedule of any optimizer.
+        optim: settings of AdamW, and of the parameter groups and the schedule of any optimizer.
     """
 
     model: BaseModel
@@ -104,17 +104,18 @@ class SATLightningModule(StepModule):
             Both, in Lightning's form.
 
         Raises:
-            ConfigError: nothing is trainable, or the schedule does not fit the run.
+            ConfigError: nothing is trainable, a rule fits nothing, or the schedule does not fit the run.
         """
-        groups = group_parameters(self)
+        groups = group_parameters(self, self.optim.groups, self.optim.layer_decay, prefix="model.")
         if self._optimizer_factory is None:
             # Lightning refuses to clip what a fused optimizer unscales (fp16).
             clips_fp16 = self.trainer.precision == "16-mixed" and bool(self.trainer.gradient_clip_val)
-            optimizer: Optimizer = make_adamw(groups, self.optim, fused=not clips_fp16)
+            optimizer = make_adamw(groups, self.optim, fused=not clips_fp16)
         else:
             optimizer = self._optimizer_factory(groups)
             if unused := self.optim.unused_with_own_optimizer:
                 rank_zero_warn(f"optim: {', '.join(unused)} are AdamW's, and {type(optimizer).__name__} is used.")
+        scale_learning_rates(optimizer.param_groups)
         schedule = make_schedule(optimizer, self._optim_of_run(), self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -132,6 +133,7 @@ class SATLightningModule(StepModule):
             model.add_mixin(name, factory(model.config))
         model.reinit(list(self._mixin_factories))
         freeze_parameters(model, self._trainable, self._frozen)
+        freeze_by_rules(model, self.optim.groups)
         self.model = model
         if self._compile_options:
             # In place, so that no wrapper's name enters a checkpoint.

@@ -1,5 +1,6 @@
-"""AdamW as transformers are trained with it: what decays and what does not, and how the learning rate moves."""
+"""AdamW as transformers are trained with it, in one piece, in 8 bits or with its moments in the memory of the CPU."""
 
+import importlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -7,22 +8,46 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from sat_lightning.errors import ConfigError, nearest
+from sat_lightning.training.groups import ParameterRule, group_parameters, scale_learning_rates, split_parameters
+from sat_lightning.training.schedules import (
+    COOLDOWN_SHAPES,
+    ENDLESS_SCHEDULES,
+    SCHEDULES,
+    CooldownShape,
+    Schedule,
+    StepSchedule,
+    schedule_factor,
+)
+
+__all__ = [
+    "SCHEDULES",
+    "OptimConfig",
+    "OptimizerFactory",
+    "ParameterRule",
+    "Schedule",
+    "group_parameters",
+    "make_adamw",
+    "make_schedule",
+    "schedule_factor",
+    "scale_learning_rates",
+    "split_parameters",
+]
 
 OptimizerFactory = Callable[[Iterable], Optimizer]
-Schedule = Literal["cosine", "linear", "constant"]
-SCHEDULES = ("cosine", "linear", "constant")
+Kind = Literal["adamw", "adamw_8bit", "adamw_offload"]
+KINDS = ("adamw", "adamw_8bit", "adamw_offload")
 _FUSED_DEVICES = ("cpu", "cuda")
-_OF_ADAMW = ("learning_rate", "weight_decay", "betas", "epsilon")
+_OF_ADAMW = ("learning_rate", "weight_decay", "betas", "epsilon", "kind")
+_CHOICES = {"schedule": SCHEDULES, "cooldown_shape": COOLDOWN_SHAPES, "kind": KINDS}
+_FRACTIONS = ("minimum_ratio", "warmup_ratio", "cooldown_ratio", "auto_warmup_rate")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """The default optimizer, AdamW, and the schedule of any optimizer.
+    """The default optimizer, AdamW, and the groups and the schedule of any optimizer.
 
     Raises:
         ConfigError: a value is out of range, or both kinds of warm-up are given.
@@ -36,42 +61,72 @@ class OptimConfig:
     """Decay rates of AdamW's first and second moments."""
     epsilon: float = 1e-8
     """Added to the root of AdamW's second moment."""
+    kind: Kind = "adamw"
+    """`adamw_8bit` keeps the moments in 8 bits (needs bitsandbytes and a GPU); `adamw_offload` keeps them on the host
+    of a single GPU, whose CPU makes the step (needs torchao; under ZeRO use the strategy's own offloading)."""
     schedule: Schedule = "cosine"
-    """How the learning rate falls from its peak to `minimum_ratio` of it at the last step."""
+    """How the learning rate falls from its peak to `minimum_ratio` of it at the last step, see `schedule_factor`."""
     minimum_ratio: float = 0.1
-    """Learning rate of the last step, as a fraction of the peak; without effect under `constant`."""
+    """Learning rate of the last step, as a fraction of the peak; without effect under `constant` and `sat_linear`."""
     warmup_steps: int = 0
     """Optimizer steps in which the learning rate rises linearly to its peak."""
     warmup_ratio: float = 0.0
-    """The same as a fraction of the run; give one of the two."""
+    """The same as a fraction of the schedule; give one of the two."""
+    decay_steps: int | None = None
+    """Optimizer steps after which the schedule has ended. Default: the length of the run."""
+    steps_before: int = 0
+    """Steps of the schedule that an earlier run, of which only the weights are loaded, has made already."""
+    cooldown_ratio: float = 0.1
+    """Length of the fall at the end of `wsd`, as a fraction of the schedule."""
+    cooldown_shape: CooldownShape = "linear"
+    """Shape of the fall at the end of `wsd`."""
+    auto_warmup_steps: int = 0
+    """Steps after the start, and after each resumption, whose rate is at most `auto_warmup_rate` of the peak."""
+    auto_warmup_rate: float = 0.05
+    """See `auto_warmup_steps`."""
+    layer_decay: float = 1.0
+    """Factor of the learning rate from each layer to the one below it, see `group_parameters`; 0.75 is common."""
+    groups: tuple[ParameterRule, ...] = ()
+    """Rules that give parameters another learning rate or weight decay, or freeze them; the first to fit counts."""
 
     def __post_init__(self) -> None:
         """Refuse values out of range, naming them and the cure."""
-        if self.schedule not in SCHEDULES:
-            raise ConfigError(
-                f"optim: unknown schedule {self.schedule!r}, known are {', '.join(SCHEDULES)}."
-                f"{nearest(str(self.schedule), SCHEDULES)}"
-            )
-        for name in ("learning_rate", "epsilon"):
+        for name, known in _CHOICES.items():
+            if (value := getattr(self, name)) not in known:
+                raise ConfigError(
+                    f"optim: unknown {name} {value!r}, known are {', '.join(known)}.{nearest(str(value), known)}"
+                )
+        for name in ("learning_rate", "epsilon", "layer_decay"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"optim: {name} is {getattr(self, name)}, it must be above 0.")
-        for name in ("weight_decay", "warmup_steps"):
+        for name in ("weight_decay", "warmup_steps", "steps_before", "auto_warmup_steps"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"optim: {name} is {getattr(self, name)}, it cannot be negative.")
-        for name in ("minimum_ratio", "warmup_ratio"):
+        for name in _FRACTIONS:
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"optim: {name} is {getattr(self, name)}, a fraction from 0 to 1.")
+        if self.layer_decay > 1:
+            raise ConfigError(f"optim: layer_decay is {self.layer_decay}, a factor from 0 to 1.")
+        if self.decay_steps is not None and self.decay_steps < 1:
+            raise ConfigError(f"optim: decay_steps is {self.decay_steps}, it must be at least 1.")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"optim: betas are {self.betas}, two numbers from 0 up to (not including) 1.")
         if self.warmup_steps and self.warmup_ratio:
             raise ConfigError(
                 f"optim: warmup_steps {self.warmup_steps} and warmup_ratio {self.warmup_ratio} are both set. Set one."
             )
+        self._check_exponential()
+
+    def _check_exponential(self) -> None:
+        shape = self.cooldown_shape if self.schedule == "wsd" else self.schedule
+        if shape == "exponential" and self.minimum_ratio == 0:
+            raise ConfigError("optim: minimum_ratio is 0, which an exponential fall never reaches. Set it above 0.")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "OptimConfig":
         """Read what `dataclasses.asdict` wrote; a checkpoint may have turned tuples into lists."""
-        fields_of_run: dict[str, Any] = {**values, "betas": tuple(values["betas"])}
+        rules = tuple(r if isinstance(r, ParameterRule) else ParameterRule(**r) for r in values.get("groups", ()))
+        fields_of_run: dict[str, Any] = {**values, "betas": tuple(values["betas"]), "groups": rules}
         return cls(**fields_of_run)
 
     @property
@@ -80,35 +135,7 @@ class OptimConfig:
         return [f.name for f in fields(self) if f.name in _OF_ADAMW and getattr(self, f.name) != f.default]
 
 
-def schedule_factor(
-    step: int, num_steps: float, warmup_steps: int, schedule: Schedule = "cosine", minimum_ratio: float = 0.1
-) -> float:
-    """Return the learning rate of one optimizer step, as a fraction of its peak.
-
-    The rise is `(step + 1) / warmup_steps`, so that the first step already moves; the fall starts at the peak right
-    after the rise and ends at `minimum_ratio` in the last step. Cosine is that of Loshchilov and Hutter 2017 (SGDR),
-    without restarts.
-
-    Args:
-        step: counted from 0.
-        num_steps: optimizer steps of the run; not read under `constant`.
-        warmup_steps: steps of the rise.
-        schedule: shape of the fall.
-        minimum_ratio: where the fall ends.
-
-    Returns:
-        A number from 0 to 1.
-    """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if schedule == "constant":
-        return 1.0
-    progress = min(1.0, (step - warmup_steps) / max(1, num_steps - 1 - warmup_steps))
-    height = 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    return minimum_ratio + (1 - minimum_ratio) * height
-
-
-def make_schedule(optimizer: Optimizer, config: OptimConfig, num_steps: float) -> LambdaLR:
+def make_schedule(optimizer: Optimizer, config: OptimConfig, num_steps: float) -> StepSchedule:
     """Build the schedule of a run; it steps once per optimizer step.
 
     Args:
@@ -122,96 +149,78 @@ def make_schedule(optimizer: Optimizer, config: OptimConfig, num_steps: float) -
     Raises:
         ConfigError: the warm-up is longer than the run, or a falling schedule has no end to fall to.
     """
-    if math.isinf(num_steps) and (config.schedule != "constant" or config.warmup_ratio):
+    length = config.decay_steps or num_steps + config.steps_before
+    if math.isinf(length) and (config.schedule not in ENDLESS_SCHEDULES or config.warmup_ratio):
         raise ConfigError(
             f"optim: a {config.schedule} schedule needs the length of the run, and this one has none. Set "
             "trainer.max_steps or trainer.max_epochs, or use schedule 'constant' with warmup_steps."
         )
-    warmup_steps = round(config.warmup_ratio * num_steps) if config.warmup_ratio else config.warmup_steps
-    if config.warmup_steps > num_steps:
+    warmup_steps = config.warmup_steps or config.warmup_ratio and config.warmup_ratio * length
+    if config.warmup_steps > length:
         raise ConfigError(
-            f"optim: warmup_steps is {config.warmup_steps}, longer than the run of {int(num_steps)} steps. Lower it, "
+            f"optim: warmup_steps is {config.warmup_steps}, longer than the run of {int(length)} steps. Lower it, "
             "raise trainer.max_steps, or give warmup_ratio, a fraction of the run."
         )
     factor = partial(
-        schedule_factor,
-        num_steps=num_steps,
-        warmup_steps=warmup_steps,
+        _factor_after,
+        steps_before=config.steps_before,
+        num_steps=length,
+        # SwissArmyTransformer's rise may end between two steps.
+        warmup_steps=warmup_steps if config.schedule.startswith("sat_") else round(warmup_steps),
         schedule=config.schedule,
         minimum_ratio=config.minimum_ratio,
+        cooldown_ratio=config.cooldown_ratio,
+        cooldown_shape=config.cooldown_shape,
     )
-    return LambdaLR(optimizer, factor)
+    return StepSchedule(optimizer, factor, config.auto_warmup_steps, config.auto_warmup_rate)
 
 
-def split_parameters(module: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    """Part the trainable parameters into those that weight decay shrinks and those that it leaves.
-
-    Everything in a norm, every bias and all else that is one-dimensional (scales, gates) does not decay. A parameter
-    that several modules share is listed once.
-
-    Args:
-        module: its parameters with `requires_grad`.
-
-    Returns:
-        Parameters by name: the decayed, the others.
-    """
-    undecayed = {
-        f"{prefix}.{name}" if prefix else name
-        for prefix, child in module.named_modules()
-        for name, _ in child.named_parameters(recurse=False)
-        if name.endswith("bias") or "norm" in type(child).__name__.lower()
-    }
-    decay: dict[str, nn.Parameter] = {}
-    no_decay: dict[str, nn.Parameter] = {}
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            # Under ZeRO-3 a parameter is an empty shell here, its true shape stands beside it.
-            num_dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
-            (no_decay if name in undecayed or num_dimensions <= 1 else decay)[name] = parameter
-    return decay, no_decay
+def _factor_after(step: int, *, steps_before: int, **curve: Any) -> float:  # noqa: ANN401
+    return schedule_factor(step + steps_before, **curve)
 
 
-def group_parameters(module: nn.Module) -> list[dict[str, Any]]:
-    """Return the optimizer's parameter groups: `decay`, and `no_decay` whose `weight_decay` is 0.
-
-    Args:
-        module: see `split_parameters`.
-
-    Returns:
-        The groups that are not empty.
-
-    Raises:
-        ConfigError: nothing is trainable.
-    """
-    decay, no_decay = split_parameters(module)
-    groups: list[dict[str, Any]] = [
-        {"name": "decay", "params": list(decay.values())},
-        {"name": "no_decay", "params": list(no_decay.values()), "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if not groups:
-        raise ConfigError("No parameter is trainable, so there is nothing to optimize. Loosen trainable or frozen.")
-    return groups
-
-
-def make_adamw(groups: list[dict[str, Any]], config: OptimConfig, *, fused: bool = True) -> torch.optim.AdamW:
+def make_adamw(groups: list[dict[str, Any]], config: OptimConfig, *, fused: bool = True) -> Optimizer:
     """Build AdamW (Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization").
+
+    Its variants: moments in 8 bits are those of Dettmers et al. 2022 ("8-bit Optimizers via Block-wise Quantization").
 
     Args:
         groups: parameter groups.
-        config: learning rate, decay, betas and epsilon.
+        config: learning rate, decay, betas, epsilon and kind.
         fused: use the kernel that does the whole update in one pass, where every parameter's device has it.
 
     Returns:
         The optimizer.
+
+    Raises:
+        ConfigError: the library of a kind is not installed, or the parameters are not on a GPU as it needs them.
     """
     parameters = [parameter for group in groups for parameter in group["params"]]
-    can_fuse = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in parameters)
-    return torch.optim.AdamW(
-        groups,
-        lr=config.learning_rate,
-        betas=(config.betas[0], config.betas[1]),
-        eps=config.epsilon,
-        weight_decay=config.weight_decay,
-        fused=True if fused and can_fuse else None,
-    )
+    settings: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.betas[0], config.betas[1]),
+        "eps": config.epsilon,
+        "weight_decay": config.weight_decay,
+    }
+    if config.kind == "adamw":
+        can_fuse = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in parameters)
+        return torch.optim.AdamW(groups, **settings, fused=True if fused and can_fuse else None)
+    optimizers: Any = _import_optimizers(config.kind)
+    if any(p.device.type != "cuda" for p in parameters):
+        raise ConfigError(f"optim: kind {config.kind} needs all parameters on a GPU. Use kind adamw on other devices.")
+    if config.kind == "adamw_8bit":
+        return optimizers.AdamW8bit(groups, **settings)
+    # It makes an optimizer of its own for each parameter, which multiplies groups: names would no longer be unique.
+    unnamed = [{key: value for key, value in group.items() if key != "name"} for group in groups]
+    return optimizers.CPUOffloadOptimizer(unnamed, torch.optim.AdamW, fused=True, **settings)
+
+
+def _import_optimizers(kind: str) -> Any:  # noqa: ANN401 - a module that may not be installed
+    package = {"adamw_8bit": "bitsandbytes", "adamw_offload": "torchao"}[kind]
+    try:
+        return importlib.import_module(f"{package}.optim")
+    except ImportError as error:
+        raise ConfigError(
+            f"optim: kind {kind} needs {package}, which cannot be imported ({error}). Run: pip install {package}, or "
+            "use kind adamw."
+        ) from error
