@@ -267,17 +267,3 @@ def test_resumed_run_goes_on_counting(tmp_path) -> None:
     assert second.lr_scheduler_configs[0].scheduler.last_epoch == 5
     state = second.optimizers[0].state
     assert {int(values["step"]) for values in state.values()} == {5}
-
-
-def test_flops_per_batch_counts_products_of_matrices() -> None:
-    task = make_task(make_model(num_layers=1))
-    trainer = make_trainer(1)
-    trainer.fit(task, counting_loader(batch_size=4))
-    hidden, length, vocabulary, num_tokens = 32, 16, 17, 4 * 16
-    forward = 2 * (4 * hidden * hidden + 8 * hidden * hidden + hidden * vocabulary) + 4 * length * hidden
-    trainer.training = True
-    assert task.flops_per_batch == 3 * forward * num_tokens
-    task.model.requires_grad_(False)
-    assert task.flops_per_batch == (3 * forward - 2 * (12 * hidden * hidden + hidden * vocabulary)) * num_tokens
-    trainer.validating = True
-    assert task.flops_per_batch == forward * num_tokens

@@ -11,12 +11,12 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import ConfigError
 from sat_lightning.model import BaseMixin, BaseModel
+from sat_lightning.training.flops import count_flops
 from sat_lightning.training.freezing import describe_trainable, freeze_parameters
 from sat_lightning.training.groups import freeze_by_rules, group_parameters, scale_learning_rates
 from sat_lightning.training.optim import OptimConfig, OptimizerFactory, make_adamw, make_schedule
 from sat_lightning.training.runs import is_trial
 from sat_lightning.training.steps import StepModule
-from sat_lightning.training.throughput import count_flops
 
 ModelFactory = Callable[[], BaseModel]
 MixinFactory = Callable[[TransformerConfig], BaseMixin]
@@ -72,6 +72,7 @@ class SATLightningModule(StepModule):
         self._trainable, self._frozen = trainable, frozen
         self._compile_options = compile
         self._optimizer_factory = optimizer
+        self._flops: dict[tuple[int, int, bool], int] = {}
         if isinstance(model, BaseModel):
             self._finish(model)
 
@@ -123,10 +124,18 @@ class SATLightningModule(StepModule):
         """Say which parameters train."""
         rank_zero_info(describe_trainable(self._built_model()))
 
+    def on_train_epoch_start(self) -> None:
+        """Count operations anew: callbacks that freeze and unfreeze do so now."""
+        self._flops.clear()
+
     @property
     def flops_per_batch(self) -> int:
-        """Estimated operations of the latest batch, which `ThroughputMonitor` turns into model FLOPs utilisation."""
-        return count_flops(self._built_model(), *self._batch_shape, is_training=self.trainer.training)
+        """Estimated operations of the latest batch, from which monitors tell model FLOPs utilisation; see `flops.py`."""
+        key = (*self._batch_shape, self.trainer.training)
+        if key not in self._flops:
+            num_rows, length, is_training = key
+            self._flops[key] = count_flops(self._built_model(), num_rows, length, is_training=is_training)
+        return self._flops[key]
 
     def _finish(self, model: BaseModel) -> None:
         for name, factory in self._mixin_factories.items():
