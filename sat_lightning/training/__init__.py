@@ -4,7 +4,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sat_lightning.training.callbacks import CurvePlotter, MixtureMonitor, SampleText, TrainingProgressBar
+    from sat_lightning.training.callbacks import (
+        CurvePlotter,
+        MixtureMonitor,
+        RunMonitor,
+        SampleText,
+        TrainingProgressBar,
+    )
     from sat_lightning.training.datamodule import SATDataModule
     from sat_lightning.training.dataoptions import DataOptions
     from sat_lightning.training.groups import ParameterRule
@@ -21,6 +27,7 @@ __all__ = [
     "MixtureMonitor",
     "OptimConfig",
     "ParameterRule",
+    "RunMonitor",
     "SATDataModule",
     "SATLightningModule",
     "SampleText",
@@ -31,7 +38,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "callbacks": ("CurvePlotter", "MixtureMonitor", "SampleText", "TrainingProgressBar"),
+    "callbacks": ("CurvePlotter", "MixtureMonitor", "RunMonitor", "SampleText", "TrainingProgressBar"),
     "datamodule": ("SATDataModule",),
     "dataoptions": ("DataOptions",),
     "groups": ("ParameterRule",),

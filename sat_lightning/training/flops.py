@@ -15,7 +15,7 @@ al. 2020, arXiv:2001.08361), and so is what activation checkpointing computes ag
 import re
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from sat_lightning.model import BaseModel
 from sat_lightning.nn.mlp import MLP
@@ -52,16 +52,17 @@ def count_flops(model: BaseModel, num_rows: int, length: int, *, is_training: bo
     return round(num_rows * length * per_token)
 
 
-def size_of(parameter: nn.Parameter) -> int:
+def size_of(parameter: Tensor) -> int:
     """Return the number of elements of a parameter, also where ZeRO-3 has left an empty shell of it.
 
     Args:
         parameter: whole or sharded.
     """
-    return getattr(parameter, "ds_numel", parameter.numel())
+    size: int = getattr(parameter, "ds_numel", parameter.numel())
+    return size
 
 
-def _matrices(model: BaseModel) -> Iterator[tuple[int, float, nn.Parameter]]:
+def _matrices(model: BaseModel) -> Iterator[tuple[int, float, Tensor]]:
     """Yield what every token is multiplied by: its place, the share of tokens, the weight."""
     # With duplicates: a layer used twice works twice, and a head tied to the embedding is a product like any other.
     experts: dict[nn.Module, float] = {}

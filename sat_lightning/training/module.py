@@ -1,5 +1,6 @@
 """`SATLightningModule`: everything of a training run but the loss of a batch."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -15,7 +16,7 @@ from sat_lightning.training.flops import count_flops
 from sat_lightning.training.freezing import describe_trainable, freeze_parameters
 from sat_lightning.training.groups import freeze_by_rules, group_parameters, scale_learning_rates
 from sat_lightning.training.optim import OptimConfig, OptimizerFactory, make_adamw, make_schedule
-from sat_lightning.training.runs import is_trial
+from sat_lightning.training.runs import is_trial, total_steps
 from sat_lightning.training.steps import StepModule
 
 ModelFactory = Callable[[], BaseModel]
@@ -117,7 +118,7 @@ class SATLightningModule(StepModule):
             if unused := self.optim.unused_with_own_optimizer:
                 rank_zero_warn(f"optim: {', '.join(unused)} are AdamW's, and {type(optimizer).__name__} is used.")
         scale_learning_rates(optimizer.param_groups)
-        schedule = make_schedule(optimizer, self._optim_of_run(), self.trainer.estimated_stepping_batches)
+        schedule = make_schedule(optimizer, self._optim_of_run(), total_steps(self.trainer) or math.inf)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
@@ -130,7 +131,7 @@ class SATLightningModule(StepModule):
 
     @property
     def flops_per_batch(self) -> int:
-        """Estimated operations of the latest batch, from which monitors tell model FLOPs utilisation; see `flops.py`."""
+        """Estimated operations of the latest batch, for model FLOPs utilisation; the formula stands in `flops.py`."""
         key = (*self._batch_shape, self.trainer.training)
         if key not in self._flops:
             num_rows, length, is_training = key

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sat_lightning.data import IGNORED_TARGET
 from sat_lightning.training.averages import WeightedMeans
-from sat_lightning.training.runs import is_trial
+from sat_lightning.training.runs import is_logging_step
 from sat_lightning.training.throughput import count_rows, count_tokens
 
 Step = Tensor | tuple[Tensor, dict[str, Tensor]]
@@ -68,7 +68,7 @@ class StepModule(L.LightningModule):
         """Return the loss of a batch, and log when it is time."""
         loss, values = self._run(batch)
         self._train_means.add(values, self.count_targets(batch))
-        if self._logs_after(batch_idx):
+        if is_logging_step(self.trainer):
             self._log_train_means()
         return loss
 
@@ -103,14 +103,6 @@ class StepModule(L.LightningModule):
         step = self.forward_step(batch)
         loss, metrics = step if isinstance(step, tuple) else (step, {})
         return loss, {"loss": loss.detach()} | {name: torch.as_tensor(value) for name, value in metrics.items()}
-
-    def _logs_after(self, batch_idx: int) -> bool:
-        """Whether the optimizer steps after this batch, and the trainer's loggers want that step."""
-        trainer = self.trainer
-        if (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch:
-            return False
-        interval: int = 1 if is_trial(trainer) else trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return interval > 0 and (trainer.global_step + 1) % interval == 0
 
     def _log_train_means(self) -> None:
         means = self._train_means.pop(self.trainer.strategy)

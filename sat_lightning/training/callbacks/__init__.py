@@ -2,7 +2,8 @@
 
 from sat_lightning.training.callbacks.curves import CurvePlotter
 from sat_lightning.training.callbacks.mixture import MixtureMonitor
+from sat_lightning.training.callbacks.monitor import RunMonitor
 from sat_lightning.training.callbacks.progress import TrainingProgressBar
 from sat_lightning.training.callbacks.sample import SampleText
 
-__all__ = ["CurvePlotter", "MixtureMonitor", "SampleText", "TrainingProgressBar"]
+__all__ = ["CurvePlotter", "MixtureMonitor", "RunMonitor", "SampleText", "TrainingProgressBar"]

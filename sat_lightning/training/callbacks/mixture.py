@@ -12,7 +12,7 @@ from sat_lightning.data.batches import Place
 from sat_lightning.data.mixed import MixedRows, count_tokens, mean_tokens
 from sat_lightning.data.mixture import Mixture
 from sat_lightning.errors import ConfigError, DataError
-from sat_lightning.training.runs import is_trial, run_folder, write_whole
+from sat_lightning.training.runs import is_logging_step, is_trial, run_folder, write_whole
 
 COLUMNS = (
     *("source", "samples", "tokens", "epochs"),
@@ -87,8 +87,7 @@ class MixtureMonitor(L.Callback):
             self._place = now
             self._counts = self._counts + self._pending
             self._pending = np.zeros_like(self._counts)
-            interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-            if interval and trainer.global_step % interval == 0:
+            if is_logging_step(trainer):
                 self._log(pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
