@@ -350,3 +350,17 @@ def test_target_ids_give_the_mean_cross_entropy_unless_somebody_wraps_the_head()
     assert not model.hooks.computes_loss
     assert_close(model(IDS)[0], logits * 2)
     assert math.isfinite(expected.item())
+
+
+def test_causality_survives_a_wrapper_that_copies_the_tensors_it_passes_on() -> None:
+    """As ZeRO-3 and FSDP do: a mask known by its identity must not become another object on its way."""
+    model = GPT2Model(TINY).eval()
+    expected = model(IDS)[0]
+    for module in model.modules():
+        module.register_forward_pre_hook(
+            lambda _, inputs: tuple(x.view_as(x) if isinstance(x, torch.Tensor) else x for x in inputs)
+        )
+    assert torch.equal(model(IDS)[0], expected)
+    changed = IDS.clone()
+    changed[:, -1] = 0
+    assert torch.equal(model(changed)[0][:, :-1], expected[:, :-1]), "a later token changed an earlier one"

@@ -114,7 +114,7 @@ class TransformerLayer(nn.Module):
 
     def _pre(self, x: Tensor, mask: Tensor, **kw: Any) -> Tensor:
         is_sandwich = self.layernorm_order == "sandwich"
-        attended = self.attention(self.input_layernorm(x), mask, **kw)
+        attended = self.attention(self.input_layernorm(x), mask=mask, **kw)
         x = x + self._drop(self.third_layernorm(attended) if is_sandwich else attended)
         if self._crosses(kw):
             x = x + self.cross_attention(self.post_cross_attention_layernorm(x), **kw)
@@ -123,7 +123,7 @@ class TransformerLayer(nn.Module):
 
     def _post(self, x: Tensor, mask: Tensor, **kw: Any) -> Tensor:
         x = self.input_layernorm(x)
-        x = self.post_attention_layernorm(x + self._drop(self.attention(x, mask, **kw)))
+        x = self.post_attention_layernorm(x + self._drop(self.attention(x, mask=mask, **kw)))
         if self._crosses(kw):
             x = self.post_cross_attention_layernorm(x + self.cross_attention(x, **kw))
         return x + self._drop(self.mlp(x, **kw))

@@ -57,7 +57,7 @@ def make_masks(
         query_length: s.
         like: a tensor with the device and dtype of the hidden states.
         materialise: whether the causal mask must be a real `[s, s]` tensor, because a hook may read it; otherwise a
-            single element stands for it.
+            single NaN stands for it.
         known: what an earlier call of the same forward found, to be extended (cross attention has a mask of its own).
 
     Returns:
@@ -75,8 +75,8 @@ def make_masks(
             raise InputError(
                 f"attention_mask is {attention_mask!r}; pass None (full), -1 or 'causal', or a tensor [s, t]."
             )
-        length = query_length if materialise else 1
-        mask = like.new_ones(length, length).tril()
+        # NaN, so that whoever reads the stand-in after all hears of it: ones would let every token see the future.
+        mask = like.new_ones(query_length, query_length).tril() if materialise else like.new_full((1, 1), float("nan"))
         return Masks(mask, found | {"causal_mask": mask})
     _check_shape(attention_mask, batch_size, query_length)
     mask = attention_mask.to(like)

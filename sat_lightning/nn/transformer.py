@@ -135,7 +135,9 @@ class Transformer(nn.Module):
         outputs = []
         for layer_id in range(start, stop):
             layer = self.layers[layer_id]
-            hidden_states, this_layer, carry = layer(hidden_states, mask, carry=carry, layer_id=layer_id, **kw)
+            # The mask goes by keyword: ZeRO-3 hands a module copies of its positional tensors, and masks are known by
+            # which object they are.
+            hidden_states, this_layer, carry = layer(hidden_states, mask=mask, carry=carry, layer_id=layer_id, **kw)
             if output_hidden_states:
                 this_layer["hidden_states"] = hidden_states
             outputs.append(this_layer)
