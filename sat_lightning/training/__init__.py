@@ -1,7 +1,12 @@
-"""Training with Lightning: tasks, data, optimisation and callbacks; loaded name by name, when first asked for."""
+"""Training with Lightning: tasks, data, optimisation and callbacks; loaded name by name, when first asked for.
+
+Importing this package makes its strategies known to Lightning, by the names in `sat_lightning.training.strategies`.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from sat_lightning.training.strategies import register_strategies
 
 if TYPE_CHECKING:
     from sat_lightning.training.callbacks import (
@@ -13,12 +18,14 @@ if TYPE_CHECKING:
     )
     from sat_lightning.training.datamodule import SATDataModule
     from sat_lightning.training.dataoptions import DataOptions
+    from sat_lightning.training.deepspeed import SATDeepSpeedStrategy
     from sat_lightning.training.groups import ParameterRule
     from sat_lightning.training.module import SATLightningModule
     from sat_lightning.training.optim import OptimConfig
     from sat_lightning.training.stream import StreamDataModule
     from sat_lightning.training.tasks import LanguageModelingTask
     from sat_lightning.training.throughput import count_rows, count_tokens
+    from sat_lightning.training.zero_config import ZeroOptions
 
 __all__ = [
     "CurvePlotter",
@@ -29,10 +36,12 @@ __all__ = [
     "ParameterRule",
     "RunMonitor",
     "SATDataModule",
+    "SATDeepSpeedStrategy",
     "SATLightningModule",
     "SampleText",
     "StreamDataModule",
     "TrainingProgressBar",
+    "ZeroOptions",
     "count_rows",
     "count_tokens",
 ]
@@ -41,12 +50,14 @@ _MODULES = {
     "callbacks": ("CurvePlotter", "MixtureMonitor", "RunMonitor", "SampleText", "TrainingProgressBar"),
     "datamodule": ("SATDataModule",),
     "dataoptions": ("DataOptions",),
+    "deepspeed": ("SATDeepSpeedStrategy",),
     "groups": ("ParameterRule",),
     "module": ("SATLightningModule",),
     "optim": ("OptimConfig",),
     "stream": ("StreamDataModule",),
     "tasks": ("LanguageModelingTask",),
     "throughput": ("count_rows", "count_tokens"),
+    "zero_config": ("ZeroOptions",),
 }
 _LAZY = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
 
@@ -59,3 +70,6 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+register_strategies()

@@ -110,9 +110,9 @@ class SATLightningModule(StepModule):
         """
         groups = group_parameters(self, self.optim.groups, self.optim.layer_decay, prefix="model.")
         if self._optimizer_factory is None:
-            # Lightning refuses to clip what a fused optimizer unscales (fp16).
-            clips_fp16 = self.trainer.precision == "16-mixed" and bool(self.trainer.gradient_clip_val)
-            optimizer = make_adamw(groups, self.optim, fused=not clips_fp16)
+            # Lightning refuses to clip what a fused optimizer could unscale by itself (fp16; it asks in bf16 as well).
+            clips_mixed = self.trainer.precision in ("16-mixed", "bf16-mixed") and bool(self.trainer.gradient_clip_val)
+            optimizer = make_adamw(groups, self.optim, fused=not clips_mixed)
         else:
             optimizer = self._optimizer_factory(groups)
             if unused := self.optim.unused_with_own_optimizer:

@@ -1,0 +1,135 @@
+"""How a run gets its strategy: by a word, by a class, from a JSON; and what contradicts what."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+from lightning.pytorch.strategies import StrategyRegistry
+
+import sat_lightning.training
+from sat_lightning.errors import ConfigError
+from sat_lightning.training import SATDeepSpeedStrategy, ZeroOptions
+from sat_lightning.training.strategies import STRATEGIES
+from tests.training_examples import counting_loader, make_task, make_trainer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def fit(strategy: object, **arguments: object) -> L.Trainer:
+    trainer = make_trainer(strategy=strategy, **arguments)
+    trainer.fit(make_task(), counting_loader(16))
+    return trainer
+
+
+def test_every_name_is_a_strategy_of_lightning() -> None:
+    for name in ("zero_0", "zero_1", "zero_2", "zero_3", "zero_2_offload", "zero_3_offload"):
+        assert name in StrategyRegistry
+        strategy = make_trainer(strategy=name).strategy
+        assert isinstance(strategy, SATDeepSpeedStrategy)
+        assert strategy.stage == int(name[5])
+    assert set(STRATEGIES) <= set(StrategyRegistry.available_strategies())
+    assert sat_lightning.training.SATDeepSpeedStrategy is SATDeepSpeedStrategy
+
+
+def test_names_are_known_after_one_import_which_loads_no_deepspeed() -> None:
+    code = (
+        "import sys, sat_lightning.training, lightning as L\n"
+        "L.Trainer(strategy='zero_2', accelerator='cpu', devices=1, logger=False)\n"
+        "assert 'deepspeed' not in sys.modules\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=ROOT, timeout=600)
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments", "expected"),
+    [
+        (
+            {"gradient_accumulation_steps": 4},
+            {"accumulate_grad_batches": 2},
+            "gradient_accumulation_steps = 4, the trainer.accumulate_grad_batches is 2",
+        ),
+        (
+            {"gradient_clipping": 1.0},
+            {"gradient_clip_val": 0.5},
+            "gradient_clipping = 1.0, the trainer.gradient_clip_val is 0.5",
+        ),
+        ({"bf16": {"enabled": True}}, {}, "bf16.enabled = True, the trainer.precision is '32-true'"),
+        (
+            {"fp16": {"enabled": False}},
+            {"precision": "16-mixed"},
+            "fp16.enabled = False, the trainer.precision is '16-mixed'",
+        ),
+        (
+            {"train_micro_batch_size_per_gpu": 3},
+            {},
+            "train_micro_batch_size_per_gpu = 3, the batch size of the data is 8",
+        ),
+        ({"train_batch_size": 7}, {}, "train_batch_size = 7, the 8 samples x 1 batches x 1 ranks is 8"),
+        (
+            {"optimizer": {"type": "AdamW"}},
+            {},
+            "optimizer = 'AdamW', the LanguageModelingTask.configure_optimizers is 'its own'",
+        ),
+        (
+            {"scheduler": {"type": "WarmupLR"}},
+            {},
+            "scheduler = 'WarmupLR', the LanguageModelingTask.configure_optimizers is 'its own'",
+        ),
+    ],
+)
+def test_contradiction_is_an_error_with_both_values(config: dict, arguments: dict, expected: str) -> None:
+    with pytest.raises(ConfigError, match="the DeepSpeed config says") as caught:
+        fit(SATDeepSpeedStrategy(config=config), **arguments)
+    assert expected in str(caught.value)
+
+
+def test_stage_of_argument_and_json_must_agree(tmp_path: Path) -> None:
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    assert SATDeepSpeedStrategy(config=path).stage == 1
+    assert SATDeepSpeedStrategy().stage == 2
+    assert SATDeepSpeedStrategy(3, config={"zero_optimization": {"stage": "auto"}}).stage == 3
+    with pytest.raises(ConfigError, match="zero_optimization.stage = 1, the stage of the strategy is 3"):
+        SATDeepSpeedStrategy(3, config=path)
+    with pytest.raises(ConfigError, match="there is no ZeRO stage 4"):
+        SATDeepSpeedStrategy(4)
+    with pytest.raises(ConfigError, match="offload_parameters needs stage 3, and the stage is 2"):
+        SATDeepSpeedStrategy(2, offload_parameters=True)
+    with pytest.raises(ConfigError, match="there is no DeepSpeed config .*missing.json"):
+        SATDeepSpeedStrategy(config=tmp_path / "missing.json")
+    with pytest.raises(ConfigError, match="reduce_bucket_size is 0, it must be at least 1"):
+        ZeroOptions(reduce_bucket_size=0)
+
+
+def test_json_says_what_nobody_else_says() -> None:
+    """`auto` is filled in, silence of the Trainer is no contradiction, and other settings pass through."""
+    config = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": 0.25,
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": 1000},
+        "wall_clock_breakdown": False,
+    }
+    strategy = fit(SATDeepSpeedStrategy(config=config), accumulate_grad_batches=2).strategy
+    told = strategy.config
+    assert told["gradient_clipping"] == 0.25
+    assert (told["train_micro_batch_size_per_gpu"], told["gradient_accumulation_steps"]) == (8, 2)
+    assert told["zero_optimization"]["reduce_bucket_size"] == 1000
+    assert told["bf16"] == {"enabled": False} and told["fp16"] == {"enabled": False}
+
+
+def test_precisions_that_are_none_are_refused() -> None:
+    for strategy, precision in (("zero_2", "16-true"), ("zero_0", "bf16-true"), ("zero_2_offload", "bf16-true")):
+        with pytest.raises(ConfigError, match=f"trainer.precision {precision} .* Use .*-mixed"):
+            fit(strategy, precision=precision)
+    with pytest.raises(ConfigError, match="gradient_clip_algorithm is 'value', and ZeRO clips by norm only"):
+        fit("zero_1", gradient_clip_val=0.5, gradient_clip_algorithm="value")
