@@ -10,6 +10,7 @@ from sat_lightning.training.strategies import register_strategies
 
 if TYPE_CHECKING:
     from sat_lightning.training.callbacks import (
+        EMA,
         CurvePlotter,
         MixtureMonitor,
         RunMonitor,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from sat_lightning.training.zero_config import ZeroOptions
 
 __all__ = [
+    "EMA",
     "CurvePlotter",
     "DataOptions",
     "LanguageModelingTask",
@@ -47,7 +49,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "callbacks": ("CurvePlotter", "MixtureMonitor", "RunMonitor", "SampleText", "TrainingProgressBar"),
+    "callbacks": ("EMA", "CurvePlotter", "MixtureMonitor", "RunMonitor", "SampleText", "TrainingProgressBar"),
     "datamodule": ("SATDataModule",),
     "dataoptions": ("DataOptions",),
     "deepspeed": ("SATDeepSpeedStrategy",),

@@ -1,9 +1,10 @@
 """Callbacks for any Lightning pipeline, ours or a stranger's."""
 
 from sat_lightning.training.callbacks.curves import CurvePlotter
+from sat_lightning.training.callbacks.ema import EMA
 from sat_lightning.training.callbacks.mixture import MixtureMonitor
 from sat_lightning.training.callbacks.monitor import RunMonitor
 from sat_lightning.training.callbacks.progress import TrainingProgressBar
 from sat_lightning.training.callbacks.sample import SampleText
 
-__all__ = ["CurvePlotter", "MixtureMonitor", "RunMonitor", "SampleText", "TrainingProgressBar"]
+__all__ = ["EMA", "CurvePlotter", "MixtureMonitor", "RunMonitor", "SampleText", "TrainingProgressBar"]
