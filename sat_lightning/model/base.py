@@ -12,11 +12,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sat_lightning.config import TransformerConfig
+from sat_lightning.config import ConfigT, TransformerConfig
 from sat_lightning.errors import ConfigError, HookError, InputError, nearest
 from sat_lightning.hooks import RESERVED, HookTable, explain, resolve_hooks
 from sat_lightning.model.keymap import KeyMap
 from sat_lightning.model.mixin import BaseMixin
+from sat_lightning.nn.linear import Embedding
 from sat_lightning.nn.masks import MaskLike
 from sat_lightning.nn.transformer import Transformer
 
@@ -72,6 +73,7 @@ class BaseModel(nn.Module):
         **transformer_overrides: Any,
     ) -> None:
         super().__init__()
+        config = read_config(config, self.config_class)
         self.mixins = nn.ModuleDict()
         if transformer is None:
             config, arguments = _split_overrides(config, transformer_overrides)
@@ -99,6 +101,8 @@ class BaseModel(nn.Module):
                 position_ids = self.make_position_ids(input_ids, **kw)
             if attention_mask is OMITTED:
                 attention_mask = self.make_attention_mask(input_ids, **kw)
+            else:
+                attention_mask = self.read_attention_mask(attention_mask, input_ids)
             return self.transformer(input_ids, position_ids, attention_mask, hooks=self.hooks, **kw)
         except Exception as error:
             if not torch.compiler.is_compiling():
@@ -114,10 +118,15 @@ class BaseModel(nn.Module):
         """Return the mask of a family whose caller gave none."""
         return self.default_mask
 
+    def read_attention_mask(self, attention_mask: MaskLike, input_ids: Tensor) -> MaskLike:
+        """Return a caller's mask as the backbone understands it; a family with forms of its own translates them."""
+        return attention_mask
+
     def check_length(self, length: int) -> None:
         """Refuse a sequence that the learned position table cannot number."""
         config = self.config
-        if length > config.max_sequence_length and not config.is_rotary_emb:
+        has_table = isinstance(self.transformer.position_embeddings, Embedding)
+        if has_table and length > config.max_sequence_length:
             raise InputError(
                 f"The sequence has {length} tokens, max_sequence_length is {config.max_sequence_length}. Shorten or "
                 "split it, or build the model with a larger max_sequence_length."
@@ -209,10 +218,27 @@ class BaseModel(nn.Module):
             )
 
 
+def read_config(config: TransformerConfig, config_class: type[ConfigT]) -> ConfigT:
+    """Return the configuration as the family's own class.
+
+    A plain `TransformerConfig` becomes one: its `extra` holds the family's fields where it was read from a file, and
+    what is at the plain default takes the family's.
+
+    Raises:
+        ConfigError: if it is no configuration.
+    """
+    if not isinstance(config, TransformerConfig):
+        raise ConfigError(f"config is a {type(config).__name__}, it must be a {config_class.__name__}.")
+    if isinstance(config, config_class):
+        return config
+    fields = [field for field in dataclasses.fields(config) if field.name != "extra"]
+    given = {field.name: getattr(config, field.name) for field in fields}
+    changed = {field.name: given[field.name] for field in fields if given[field.name] != field.default}
+    return config_class.from_dict(changed | config.extra)
+
+
 def _split_overrides(config: TransformerConfig, overrides: dict[str, Any]) -> tuple[TransformerConfig, dict[str, Any]]:
     """Part overrides into fields of the configuration and arguments of the backbone."""
-    if not isinstance(config, TransformerConfig):
-        raise ConfigError(f"config is a {type(config).__name__}, it must be a TransformerConfig.")
     names = {f.name for f in dataclasses.fields(config)}
     arguments = inspect.signature(Transformer.__init__).parameters.keys() - {"self", "config"}
     for name in overrides.keys() - names - arguments:

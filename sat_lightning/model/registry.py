@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sat_lightning.errors import ConfigError, nearest
 from sat_lightning.model.base import BaseModel
+from sat_lightning.model.composed import ComposedModel
 
-ModelT = TypeVar("ModelT", bound=type[BaseModel])
+AnyModel = BaseModel | ComposedModel
+ModelT = TypeVar("ModelT", bound=type[AnyModel])
 
-_models: dict[str, type[BaseModel]] = {"BaseModel": BaseModel}
+_models: dict[str, type[AnyModel]] = {"BaseModel": BaseModel}
 
 
 def register_model(cls: ModelT) -> ModelT:
@@ -27,12 +29,12 @@ def register_model(cls: ModelT) -> ModelT:
     return cls
 
 
-def registered_models() -> Mapping[str, type[BaseModel]]:
+def registered_models() -> Mapping[str, type[AnyModel]]:
     """Return every registered class by its name."""
     return MappingProxyType(_models)
 
 
-def find_model(name: str) -> type[BaseModel]:
+def find_model(name: str) -> type[Any]:
     """Return the class of that name.
 
     Raises:

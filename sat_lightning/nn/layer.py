@@ -13,7 +13,8 @@ pre (GPT-2)                     post (BERT, as SAT lays it out)       sandwich (
       └───────────────── (+)               └─────────── (+)                 └─────────────────────── (+)
 
 In post order the normalised value is the residual, and the norm after the last addition is the next layer's LN1 (or the
-final norm). Without cross attention that row, with its LNx, is absent.
+final norm). Without cross attention that row, with its LNx, is absent. With `residual_scale` a the straight line into
+each (+) carries a * x (DeepNorm, Wang et al. 2022, arXiv:2203.00555).
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class TransformerLayer(nn.Module):
         layernorm: called as `layernorm(hidden_size, eps=...)`.
         init_method: of linears that read the residual stream.
         output_init_method: of linears that write to it.
+        residual_scale: factor on the residual where a branch is added to it.
     """
 
     def __init__(
@@ -57,10 +59,11 @@ class TransformerLayer(nn.Module):
         layernorm: NormFactory = LayerNorm,
         init_method: InitMethod,
         output_init_method: InitMethod,
+        residual_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.layer_id, self.layernorm_order, self.drop_path = layer_id, config.layernorm_order, config.drop_path
-        self.is_decoder = config.layer_is_decoder(layer_id)
+        self.is_decoder, self.residual_scale = config.layer_is_decoder(layer_id), residual_scale
         inits = (init_method, output_init_method)
 
         def norm() -> nn.Module:
@@ -115,18 +118,21 @@ class TransformerLayer(nn.Module):
     def _pre(self, x: Tensor, mask: Tensor, **kw: Any) -> Tensor:
         is_sandwich = self.layernorm_order == "sandwich"
         attended = self.attention(self.input_layernorm(x), mask=mask, **kw)
-        x = x + self._drop(self.third_layernorm(attended) if is_sandwich else attended)
+        x = self._add(x, self._drop(self.third_layernorm(attended) if is_sandwich else attended))
         if self._crosses(kw):
-            x = x + self.cross_attention(self.post_cross_attention_layernorm(x), **kw)
+            x = self._add(x, self.cross_attention(self.post_cross_attention_layernorm(x), **kw))
         fed = self.mlp(self.post_attention_layernorm(x), **kw)
-        return x + self._drop(self.fourth_layernorm(fed) if is_sandwich else fed)
+        return self._add(x, self._drop(self.fourth_layernorm(fed) if is_sandwich else fed))
 
     def _post(self, x: Tensor, mask: Tensor, **kw: Any) -> Tensor:
         x = self.input_layernorm(x)
-        x = self.post_attention_layernorm(x + self._drop(self.attention(x, mask=mask, **kw)))
+        x = self.post_attention_layernorm(self._add(x, self._drop(self.attention(x, mask=mask, **kw))))
         if self._crosses(kw):
-            x = self.post_cross_attention_layernorm(x + self.cross_attention(x, **kw))
-        return x + self._drop(self.mlp(x, **kw))
+            x = self.post_cross_attention_layernorm(self._add(x, self.cross_attention(x, **kw)))
+        return self._add(x, self._drop(self.mlp(x, **kw)))
+
+    def _add(self, residual: Tensor, branch: Tensor) -> Tensor:
+        return (residual if self.residual_scale == 1.0 else residual * self.residual_scale) + branch
 
     def _drop(self, branch: Tensor) -> Tensor:
         return drop_path(branch, self.drop_path, self.training)

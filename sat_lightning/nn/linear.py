@@ -59,7 +59,11 @@ class Embedding(nn.Embedding):
 
 def apply_linear(module: nn.Module, name: str, x: Tensor, /, *, hooks: HookTable, **kw: object) -> Tensor:
     """Run the linear `module.<name>`, or the `linear_forward` hook with it, if anybody speaks there."""
-    linear = getattr(module, name)
+    return run_linear(getattr(module, name), name, x, hooks=hooks, **kw)
+
+
+def run_linear(linear: nn.Module, name: str, x: Tensor, /, *, hooks: HookTable, **kw: object) -> Tensor:
+    """Run a linear of a mixin, or the `linear_forward` hook with it: adapters reach what mixins add."""
     if hooks.linear_forward is None:
         return linear(x)
     return hooks.linear_forward(x, linear=linear, name=name, hooks=hooks, **kw)

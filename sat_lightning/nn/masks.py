@@ -105,3 +105,13 @@ def lower_right_causal(query_length: int, key_length: int, device: torch.device)
     """Return the bool mask `[s, t]` in which the last query sees every key, each earlier one a key less."""
     ones = torch.ones(query_length, key_length, dtype=torch.bool, device=device)
     return ones.tril(key_length - query_length)
+
+
+def read_padding(attention_mask: MaskLike, input_ids: Tensor) -> MaskLike:
+    """Read a mask `[b, t]`, 1 for a token and 0 for padding, as `[b, 1, 1, t]`; anything else passes unchanged.
+
+    For encoders, whose callers mean padding by it. Where a batch has as many rows as tokens, `[b, t]` is padding too: a
+    mask for pairs of tokens is then `[1, 1, s, t]`.
+    """
+    is_padding = isinstance(attention_mask, Tensor) and attention_mask.shape == input_ids.shape
+    return attention_mask[:, None, None, :] if is_padding and isinstance(attention_mask, Tensor) else attention_mask

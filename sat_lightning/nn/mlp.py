@@ -17,6 +17,8 @@ from sat_lightning.hooks import HookTable
 from sat_lightning.nn.linear import InitMethod, Linear, apply_linear
 
 Activation = Callable[[Tensor], Tensor]
+Activate = Callable[[Tensor, Tensor], Tensor]
+"""`activate(x, inner)`: from the input `[..., c]` and `dense_h_to_4h(x)`, what `dense_4h_to_h` reads."""
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -61,21 +63,23 @@ class MLP(nn.Module):
         """Ask the `mlp_forward` hook, or answer: `[b, s, c]` to `[b, s, c]`."""
         return self.dropout((hooks.mlp_forward or self.feed)(hidden_states, hooks=hooks, **kw))
 
-    def feed(self, hidden_states: Tensor, *, hooks: HookTable, **kw: Any) -> Tensor:
-        """Run the MLP, or route every token to its experts."""
+    def feed(self, hidden_states: Tensor, *, hooks: HookTable, activate: Activate | None = None, **kw: Any) -> Tensor:
+        """Run the MLP, or route every token to its experts; a mixin with a gate of its own gives `activate`."""
         if self.num_experts == 1:
-            return self.expert(hidden_states, 0, hooks=hooks, **kw)
+            return self.expert(hidden_states, 0, activate=activate, hooks=hooks, **kw)
         weights, chosen = (hooks.routing_forward or self.route)(hidden_states, hooks=hooks, **kw)  # [n, k] both
         tokens = hidden_states.flatten(0, -2)  # [n, c]
         # Where shapes may not depend on data every expert sees every token, and the others' weights are 0.
         combine = self._combine_dense if torch.compiler.is_compiling() else self._combine_chosen
         return combine(tokens, weights.to(tokens.dtype), chosen, hooks=hooks, **kw).view_as(hidden_states)
 
-    def expert(self, x: Tensor, expert_id: int, **kw: Any) -> Tensor:
+    def expert(self, x: Tensor, expert_id: int, *, activate: Activate | None = None, **kw: Any) -> Tensor:
         """Run one expert on tokens `[..., c]`."""
         suffix = _suffix(expert_id)
         inner = apply_linear(self, f"dense_h_to_4h{suffix}", x, **kw)
-        if self.is_gated_mlp:
+        if activate is not None:
+            inner = activate(x, inner)
+        elif self.is_gated_mlp:
             inner = self.activation_func(apply_linear(self, f"dense_h_to_4h_gate{suffix}", x, **kw)) * inner
         else:
             inner = self.activation_func(inner)

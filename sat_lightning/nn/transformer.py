@@ -38,6 +38,8 @@ class Transformer(nn.Module):
         init_method: fills weights in place. Default: normal with `config.init_method_std`, and linears that write to
             the residual stream with that divided by sqrt(2 * `num_layers`).
         params_dtype: of the parameters. Default: torch's.
+        has_position_table: whether positions are learned, where they are not rotary; without it a mixin brings them.
+        residual_scale: factor on the residual where a branch is added to it (DeepNorm).
     """
 
     def __init__(
@@ -48,6 +50,8 @@ class Transformer(nn.Module):
         layernorm: NormFactory = LayerNorm,
         init_method: InitMethod | None = None,
         params_dtype: torch.dtype | None = None,
+        has_position_table: bool = True,
+        residual_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.config = config
@@ -56,7 +60,7 @@ class Transformer(nn.Module):
         self.output_layer_init_method = init_method or scaled_normal_init(std, config.num_layers)
         self.embedding_dropout = nn.Dropout(config.hidden_dropout)
         self.word_embeddings = Embedding(config.vocab_size, config.hidden_size, normal_init(std))
-        self.position_embeddings = self._make_position_embeddings()
+        self.position_embeddings = self._make_position_embeddings(has_position_table)
         self.layers = nn.ModuleList(
             TransformerLayer(
                 config,
@@ -65,6 +69,7 @@ class Transformer(nn.Module):
                 layernorm=layernorm,
                 init_method=self.init_method,
                 output_init_method=self.output_layer_init_method,
+                residual_scale=residual_scale,
             )
             for layer_id in range(config.num_layers)
         )
@@ -87,7 +92,7 @@ class Transformer(nn.Module):
         carry: Carry = {}
         hidden_states = self.embed(input_ids, position_ids, carry, hooks, **kw)
         kw, mask = self._add_masks(input_ids, attention_mask, hidden_states, hooks, kw)
-        if self.config.is_rotary_emb and position_ids is not None:
+        if isinstance(self.position_embeddings, RotaryEmbedding) and position_ids is not None:
             kw["rotary"] = self.position_embeddings(position_ids, hidden_states.dtype)
         kw |= {"hooks": hooks, "position_ids": position_ids}
         per_layer: list[dict[str, Any]] = []
@@ -111,7 +116,7 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Sum word and position embeddings: `[b, s]` to `[b, s, c]`; hooks may write to `carry` for layer 0."""
         hidden_states = hooks.word_embedding_forward(input_ids, output_cross_layer=carry, **kw)
-        if hooks.origins["position_embedding_forward"] == ("default",):
+        if hooks.origins["position_embedding_forward"] == ("default",) and self.position_embeddings is not None:
             self._check_positions(position_ids, hidden_states)
         positions = hooks.position_embedding_forward(position_ids, output_cross_layer=carry, **kw)
         if positions is not None:
@@ -160,8 +165,8 @@ class Transformer(nn.Module):
         return self.word_embeddings(input_ids)
 
     def position_embedding_forward(self, position_ids: Tensor, **kw: Any) -> Tensor | None:
-        """Look positions up: `[s]` or `[b|1, s]` to `[.., s, c]`; None where positions are rotary."""
-        return None if self.config.is_rotary_emb else self.position_embeddings(position_ids)
+        """Look positions up: `[s]` or `[b|1, s]` to `[.., s, c]`; None where there is no table."""
+        return self.position_embeddings(position_ids) if isinstance(self.position_embeddings, Embedding) else None
 
     def layer_forward(self, hidden_states: Tensor, mask: Tensor, *args: Any, layer_id: int, **kw: Any) -> Tensor:
         """Run the layer itself."""
@@ -218,9 +223,11 @@ class Transformer(nn.Module):
         """Score every word by its embedding: `[b, s, c]` to `[b, s, v]`, or the loss when `target_ids` is given."""
         return project(logits, self.word_embeddings.weight, **kw)
 
-    def _make_position_embeddings(self) -> nn.Module:
+    def _make_position_embeddings(self, has_table: bool) -> nn.Module | None:
         config = self.config
         if not config.is_rotary_emb:
+            if not has_table:
+                return None
             return Embedding(config.max_sequence_length, config.hidden_size, normal_init(config.init_method_std))
         dim = config.rotary_dim or config.hidden_size // config.num_attention_heads
         return RotaryEmbedding(dim, config.rotary_base, config.rotary_interleaved, config.rope_scaling)

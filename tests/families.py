@@ -1,0 +1,138 @@
+"""One tiny example of every family, for matrices of families and whatever they must bear.
+
+A row knows how to build its model with any option changed, and how to call it. Import `FAMILIES`; add a row, and every
+matrix tests it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sat_lightning import models
+from sat_lightning.model import AnyModel
+
+SIZES = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 60, "max_sequence_length": 24}
+MODERN = {"use_bias": False, "inner_hidden_size": 40, "layernorm_epsilon": 1e-6}
+NEW = {**MODERN, "is_rotary_emb": True, "is_gated_mlp": True}
+
+
+def ids(batch: int = 2, length: int = 9, low: int = 5, high: int = 60, seed: int = 0) -> Tensor:
+    """Return token ids `[batch, length]`, from 5 on so that special ones are placed on purpose only."""
+    return torch.randint(low, high, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True)
+class Family:
+    """A row of the table."""
+
+    class_name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    inputs: Callable[[int], dict[str, Any]] = lambda seed: {"input_ids": ids(seed=seed)}
+    """Seed -> keywords of a call."""
+    result: Callable[[Any], Tensor] = lambda returned: returned[0]
+    """What the model returned -> one tensor that depends on everything."""
+    is_causal: bool = False
+    """Whether no token's result depends on a later one, when only ids are given."""
+
+    def build(self, **changes: Any) -> AnyModel:
+        """Build the model with random weights, large enough that a fault shows."""
+        torch.manual_seed(0)
+        cls = getattr(models, self.class_name)
+        model = cls(cls.config_class(**(SIZES | self.options | changes)))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        return model
+
+    def run(self, model: Any, seed: int = 0, **more: Any) -> Tensor:
+        """Call the model and return its result."""
+        return self.result(model(**self.inputs(seed), **more))
+
+
+def _chat(seed: int) -> dict[str, Any]:
+    """Two conversations, one padded on the left: 3 is padding, 1 a blank, 2 begins the answer."""
+    input_ids = ids(seed=seed)
+    input_ids[0, 4:6], input_ids[1, :2], input_ids[1, 5:7] = torch.tensor([1, 2]), 3, torch.tensor([1, 2])
+    return {"input_ids": input_ids}
+
+
+def _typed(seed: int) -> dict[str, Any]:
+    return {"input_ids": ids(seed=seed), "token_type_ids": ids(low=0, high=2, seed=seed)}
+
+
+def _pair(seed: int) -> dict[str, Any]:
+    return {"enc_input_ids": ids(seed=seed), "dec_input_ids": ids(length=7, seed=seed + 1)}
+
+
+def _all_scores(returned: Any) -> Tensor:
+    return torch.cat([scores.flatten() for scores in returned[0]])
+
+
+CHAT = {"bos_token_id": 2, "mask_token_id": 4, "gmask_token_id": 1, "pad_token_id": 3}
+CHAT2 = {**MODERN, "use_qkv_bias": True, "num_multi_query_heads": 2}
+SECOND = {"inputs": _pair, "result": lambda returned: returned[1]}
+
+FAMILIES: dict[str, Family] = {
+    "gpt2": Family("GPT2Model", is_causal=True),
+    "gptneo": Family("GPTNeoModel", {"window_size": 3}, is_causal=True),
+    "bert": Family("BertModel", {"num_types": 3}, _typed),
+    "roberta": Family("RobertaModel"),
+    "dpr-question": Family("DPRQuestionEncoder", inputs=_typed),
+    "dpr-context": Family("DPRContextEncoder", inputs=_typed),
+    "dpr-reader": Family("DPRReader", inputs=_typed, result=_all_scores),
+    "glm": Family("GLMModel"),
+    "glm-blank": Family("GLMModel", {"sop_token_id": 2, "mask_token_ids": (1,)}, _chat),
+    "glm130b": Family("GLM130B", {"inner_hidden_size": 40}, is_causal=True),
+    "glm130b-2d": Family("GLM130B", {"position_encoding_2d": True, "no_glu": True}, is_causal=True),
+    "chatglm": Family("ChatGLMModel", CHAT, _chat),
+    "chatglm2": Family("ChatGLM2Model", CHAT2, is_causal=True),
+    "chatglm3": Family("ChatGLM3Model", {**CHAT2, "base_scale": 3.0}, is_causal=True),
+    "chatglm4": Family("ChatGLM4Model", {**CHAT2, "is_gated_mlp": True}, is_causal=True),
+    "llama-old": Family("LLaMAModel", MODERN, is_causal=True),
+    "llama": Family("LLaMAModel", {**NEW, "num_multi_query_heads": 2}, is_causal=True),
+    "llama3": Family(
+        "LLaMAModel",
+        {
+            **NEW,
+            "tie_word_embeddings": True,
+            "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8},
+        },
+        is_causal=True,
+    ),
+    "mistral": Family("LLaMAModel", {**NEW, "num_multi_query_heads": 2, "sliding_window": 4}, is_causal=True),
+    "qwen2": Family("LLaMAModel", {**NEW, "use_qkv_bias": True, "num_multi_query_heads": 2}, is_causal=True),
+    "qwen3": Family(
+        "LLaMAModel",
+        {
+            **NEW,
+            "has_qk_norm": True,
+            "hidden_size_per_attention_head": 12,
+            "rotary_dim": 12,
+            "num_multi_query_heads": 1,
+        },
+        is_causal=True,
+    ),
+    "mixtral": Family(
+        "MixtralModel",
+        {**MODERN, "is_gated_mlp": True, "num_experts": 4, "num_experts_per_tok": 2, "num_multi_query_heads": 2},
+        is_causal=True,
+    ),
+    "encoder-decoder": Family("EncoderDecoderModel", {"dec_num_layers": 1}, **SECOND),
+    "t5": Family("T5Model", {"relative_attention_num_buckets": 8, "inner_hidden_size": 40}, **SECOND),
+    "t5-gated": Family(
+        "T5Model",
+        {
+            "relative_attention_num_buckets": 8,
+            "gated_gelu_mlp": True,
+            "no_share_embeddings": True,
+            "hidden_size_per_attention_head": 6,
+            "cross_hidden_size_per_attention_head": 6,
+        },
+        **SECOND,
+    ),
+}
