@@ -10,6 +10,7 @@ from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import HookError, nearest
 from sat_lightning.hooks import HookTable, explain
 from sat_lightning.model.base import BaseModel, read_config
+from sat_lightning.model.keymap import KeyMap
 from sat_lightning.model.mixin import BaseMixin
 
 
@@ -24,6 +25,8 @@ class ComposedModel(nn.Module):
     """
 
     config_class: ClassVar[type[TransformerConfig]] = TransformerConfig
+    #: How Hugging Face names and lays out this family's tensors.
+    key_maps: ClassVar[tuple[KeyMap, ...]] = ()
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()

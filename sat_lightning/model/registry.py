@@ -29,7 +29,7 @@ def register_model(cls: ModelT) -> ModelT:
     return cls
 
 
-def registered_models() -> Mapping[str, type[AnyModel]]:
+def registered_models() -> Mapping[str, type[Any]]:
     """Return every registered class by its name."""
     return MappingProxyType(_models)
 
