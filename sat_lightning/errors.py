@@ -38,6 +38,10 @@ class DataError(SatError):
     """A data source is missing, empty, or does not fit the model."""
 
 
+class NonFiniteError(SatError):
+    """Too many batches of a run gave a loss, a metric or a gradient that is not finite."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Say what a misspelt `name` probably meant, as the tail of an error message.
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         MixtureMonitor,
         RunMonitor,
         SampleText,
+        SkipNonFinite,
         TrainingProgressBar,
     )
     from sat_lightning.training.datamodule import SATDataModule
@@ -41,6 +42,7 @@ __all__ = [
     "SATDeepSpeedStrategy",
     "SATLightningModule",
     "SampleText",
+    "SkipNonFinite",
     "StreamDataModule",
     "TrainingProgressBar",
     "ZeroOptions",
@@ -49,7 +51,15 @@ __all__ = [
 ]
 
 _MODULES = {
-    "callbacks": ("EMA", "CurvePlotter", "MixtureMonitor", "RunMonitor", "SampleText", "TrainingProgressBar"),
+    "callbacks": (
+        "EMA",
+        "CurvePlotter",
+        "MixtureMonitor",
+        "RunMonitor",
+        "SampleText",
+        "SkipNonFinite",
+        "TrainingProgressBar",
+    ),
     "datamodule": ("SATDataModule",),
     "dataoptions": ("DataOptions",),
     "deepspeed": ("SATDeepSpeedStrategy",),

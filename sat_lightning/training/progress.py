@@ -65,11 +65,10 @@ class DataProgress:
         trainer = self._trainer
         if trainer is None or self._batches is None:
             return self.place
-        done, num_steps = _count_of(trainer), self._num_trained()
+        num_steps = self._num_trained()
         if _is_epoch_complete(trainer):
             return self._next_epoch(self._batches, self._batches.advance(self.place, num_steps))
-        num_accumulated = done.current.processed % trainer.accumulate_grad_batches
-        return self._batches.advance(self.place, max(0, num_steps - num_accumulated))
+        return self._batches.advance(self.place, max(0, num_steps - _count_accumulated(trainer)))
 
     def before(self, num_batches: int) -> tuple[Place, ShardedBatches] | None:
         """Find the place some batches ago, for callbacks that look at a batch that was just trained.
@@ -132,7 +131,7 @@ class DataProgress:
         if _is_epoch_complete(trainer):
             target = int(min(trainer.num_training_batches, len(batches))) if left is not None else before
         elif left is None:
-            target = before - before % trainer.accumulate_grad_batches
+            target = before - _count_accumulated(trainer)
         else:
             target = len(batches) - left
         for count in (done.current, done.total):
@@ -161,6 +160,14 @@ class DataProgress:
 def _count_of(trainer: L.Trainer) -> Any:  # noqa: ANN401 - Lightning declares a base class without most of its fields
     """Lightning's count of batches, of this epoch and in total."""
     return trainer.fit_loop.epoch_loop.batch_progress
+
+
+def _count_accumulated(trainer: L.Trainer) -> int:
+    """Batches trained on since the last optimizer step; a callback that leaves batches out of windows counts them."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if (number := getattr(callback, "num_accumulated", None)) is not None:
+            return int(number)
+    return int(_count_of(trainer).current.processed % trainer.accumulate_grad_batches)
 
 
 def _is_epoch_complete(trainer: L.Trainer) -> bool:

@@ -27,6 +27,8 @@ class StepModule(L.LightningModule):
         self._epoch_means: dict[int, WeightedMeans] = {}
         self.evaluated_set: str | None = None
         self._batch_shape = (0, 0)
+        self.step_values: dict[str, Tensor] = {}
+        self._step_weight = torch.zeros(())
 
     def forward_step(self, batch: Any) -> Step:  # noqa: ANN401
         """Compute the loss of one batch; a task overrides this.
@@ -65,12 +67,18 @@ class StepModule(L.LightningModule):
         return {}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ANN401
-        """Return the loss of a batch, and log when it is time."""
-        loss, values = self._run(batch)
-        self._train_means.add(values, self.count_targets(batch))
-        if is_logging_step(self.trainer):
-            self._log_train_means()
+        """Return the loss of a batch, and hold what is to be logged as `step_values`."""
+        loss, self.step_values = self._run(batch)
+        self._step_weight = self.count_targets(batch)
         return loss
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Add the batch to the means now that it is trained on, and log when it is time."""
+        values, self.step_values = self.step_values, {}
+        if values:
+            self._train_means.add(values, self._step_weight)
+            if is_logging_step(self.trainer):
+                self._log_train_means()
 
     def on_train_epoch_end(self) -> None:
         """Log what no step has logged, so that no step is lost and short runs have a loss too."""

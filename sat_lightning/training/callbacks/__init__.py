@@ -6,5 +6,6 @@ from sat_lightning.training.callbacks.mixture import MixtureMonitor
 from sat_lightning.training.callbacks.monitor import RunMonitor
 from sat_lightning.training.callbacks.progress import TrainingProgressBar
 from sat_lightning.training.callbacks.sample import SampleText
+from sat_lightning.training.callbacks.skip_nonfinite import SkipNonFinite
 
-__all__ = ["EMA", "CurvePlotter", "MixtureMonitor", "RunMonitor", "SampleText", "TrainingProgressBar"]
+__all__ = ["EMA", "CurvePlotter", "MixtureMonitor", "RunMonitor", "SampleText", "SkipNonFinite", "TrainingProgressBar"]

@@ -1,0 +1,303 @@
+"""The seam by which a batch, or a window of accumulated batches, is left out of a run of any Lightning module."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+from torch import Tensor
+
+from sat_lightning.training.finite import (
+    gradient_flag,
+    has_nonfinite,
+    is_any_rank,
+    name_scalars,
+    nonfinite_gradients,
+)
+from sat_lightning.training.rewind import Snapshot, StepRewind
+from sat_lightning.training.steps import StepModule
+
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass
+class BadBatch:
+    """A batch, or the window that ends with it, that is left out."""
+
+    found: dict[str, str]
+    """What was not finite on this rank, for instance `{"loss": "nan"}`; it may be empty."""
+    batches_ago: list[int]
+    """Which are left out: 0 for the batch itself; for a bad gradient the good ones of its window, oldest first."""
+    rerun: Callable[[], Any]
+    """Computes the training step of the batch once more, as it was; every rank has to call it."""
+    is_window: bool = False
+    """Whether a gradient was bad, which spoils everything that was accumulated."""
+
+
+class _LeftOut(Exception):
+    """Leaves the training step, or the closure of the optimizer, before it can do harm."""
+
+    def __init__(self, bad: BadBatch) -> None:
+        super().__init__("a batch is left out")
+        self.bad = bad
+
+
+class StepGuard:
+    """Stands between the trainer's loop and its strategy, from `attach` to `detach`.
+
+    The forward pass is run, ranks agree on what came of it, and only then backward pass and optimizer follow. Where
+    they do not, the loop is left as if the batch had not been there: windows of accumulated batches are counted in good
+    batches. What a training step logs is held back until the batch is known to be good.
+
+    Args:
+        trainer: that fits.
+        check_metrics: look at what the training step gives beside the loss.
+        check_gradients: look at the gradients before each optimizer step.
+        on_left_out: called on all ranks for whatever is left out; what it raises ends the run.
+    """
+
+    def __init__(
+        self,
+        trainer: L.Trainer,
+        check_metrics: bool,
+        check_gradients: bool,
+        on_left_out: Callable[[BadBatch], None],
+    ) -> None:
+        self._trainer, self._module = trainer, trainer.lightning_module
+        self._strategy: Any = trainer.strategy
+        self._loop: Any = trainer.fit_loop.epoch_loop
+        self._device = trainer.strategy.root_device
+        self._checks_metrics, self._checks_gradients = check_metrics, check_gradients
+        self._on_left_out = on_left_out
+        self._rewind = StepRewind(self._module, self._device)
+        self._originals: dict[str, Callable[..., Any]] = {}
+        self._undo: list[tuple[Any, str, Any]] = []
+        self._held: list[_Arguments] | None = None
+        self._latest: tuple[_Arguments, Snapshot] | None = None
+        self._latest_good: tuple[_Arguments, Snapshot] | None = None
+        self._window_start: Snapshot | None = None
+        self._is_left_out, self._is_closing = False, False
+        self._num_begun = 0
+        self.window: list[int] = []
+        """Good batches of the open window, this one included, numbered in the order they began."""
+        self.num_accumulated = 0
+        """Batches, good or not, since the last optimizer step, from the first good one on."""
+        self.num_left_out = 0
+        """Batches left out in this epoch."""
+        self.has_stepped = False
+        """Whether the last batch ended a window."""
+
+    def attach(self) -> None:
+        """Step in."""
+        self._replace(self._strategy, "training_step", self._training_step)
+        self._replace(self._strategy, "optimizer_step", self._optimizer_step)
+        self._replace(self._loop.automatic_optimization, "run", self._run)
+        self._replace(self._loop, "_should_accumulate", self._should_accumulate)
+        self._replace(self._loop, "_update_learning_rates", self._update_learning_rates)
+        self._replace(self._module, "log", self._log)
+        optimizer: Any = getattr(self._engine, "optimizer", None)
+        if self._checks_gradients and hasattr(optimizer, "check_grad_overflow"):
+            optimizer.check_grad_overflow = True  # ZeRO 1 and 2 hold gradients where nobody else sees them
+
+    def detach(self) -> None:
+        """Step out, and leave nothing behind."""
+        for owner, name, before in reversed(self._undo):
+            if before is None:
+                owner.__dict__.pop(name, None)
+            else:
+                owner.__dict__[name] = before
+        self._undo, self._held = [], None
+        self._latest, self._latest_good, self._window_start = None, None, None
+
+    def begin_batch(self) -> None:
+        """Count a batch as good until it is known better."""
+        if self._loop.batch_progress.current.ready == 1:
+            self.num_left_out, self.has_stepped = 0, True  # an epoch begins with a window
+        if self.has_stepped:
+            self.window = []
+        if not self.window:
+            self.num_accumulated, self._latest_good = 0, None
+        self.has_stepped, self._is_left_out, self._is_closing = False, False, False
+        self._num_begun += 1
+        self.window.append(self._num_begun)
+
+    def _replace(self, owner: Any, name: str, method: Callable[..., Any]) -> None:  # noqa: ANN401
+        self._originals[name] = getattr(owner, name)
+        self._undo.append((owner, name, owner.__dict__.get(name)))
+        owner.__dict__[name] = method
+
+    def _run(self, optimizer: Any, batch_idx: int, kwargs: Any) -> dict[str, Any]:  # noqa: ANN401
+        """Train on a batch; `{}`, as from a training step that returns None, if it is left out."""
+        step = self._loop.automatic_optimization.optim_progress.optimizer.step
+        before = [(count, count.ready) for count in (step.current, step.total)]
+        # The trainer clears gradients where this is a multiple of the accumulated batches.
+        index = batch_idx - (batch_idx - len(self.window) + 1) % self._trainer.accumulate_grad_batches
+        bad: BadBatch | None = None
+        try:
+            outputs = self._originals["run"](optimizer, index, kwargs)
+        except _LeftOut as left_out:
+            outputs, bad = {}, left_out.bad
+        finally:
+            self._held, self._latest = None, None
+        if bad is not None:
+            for count, ready in before:
+                count.ready = ready
+            self._is_left_out = True
+            self.num_left_out += len(bad.batches_ago)
+            self.window = [] if bad.is_window else self.window[:-1]
+        self.has_stepped = not self._should_accumulate()
+        self.num_accumulated = self.num_accumulated + 1 if self.window and not self.has_stepped else 0
+        if bad is not None:
+            self._on_left_out(bad)
+        return {} if self._is_closing else outputs
+
+    def _training_step(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        before = self._rewind.remember()
+        if len(self.window) == 1:
+            self._window_start = before
+        self._latest = ((args, kwargs), before)
+        output = self._forward(args, kwargs)
+        self._rewind.learn(before)
+        values = self._values(output)
+        if not is_any_rank(has_nonfinite(values.values(), self._device)):
+            held, self._held = self._held or [], None
+            for arguments, keywords in held:
+                self._originals["log"](*arguments, **keywords)
+            if self._trainer.accumulate_grad_batches > 1:
+                self._latest_good = self._latest
+            return output
+        found = {name: f"{number:g}" for name, value in values.items() if not math.isfinite(number := _number(value))}
+        bad = BadBatch(found, [0], self._rerun_of((args, kwargs), before))
+        self._rewind.restore(before)
+        is_last = self._loop._num_ready_batches_reached() and not self._strategy.handles_gradient_accumulation
+        if is_last and self._latest_good is not None:
+            return self._close_window(bad)
+        raise _LeftOut(bad)
+
+    def _close_window(self, bad: BadBatch) -> Tensor:
+        """The last batch of an epoch is bad and a window is open: step with what the window has.
+
+        The last good batch is run again for a loss of which every gradient is zero, so that each strategy reduces,
+        clips and steps in its own way.
+        """
+        assert self._latest_good is not None
+        output = self._rerun_of(*self._latest_good)()
+        self._is_closing, self.window = True, self.window[:-1]
+        self.num_left_out += 1
+        self._on_left_out(bad)
+        loss: Tensor = output["loss"] if isinstance(output, dict) else output
+        return loss * 0.0
+
+    def _values(self, output: Any) -> dict[str, Tensor | float]:  # noqa: ANN401
+        values = name_scalars(output)
+        if not self._checks_metrics:
+            return {name: value for name, value in values.items() if name == "loss"}
+        return {**values, **self._module.step_values} if isinstance(self._module, StepModule) else values
+
+    def _rerun_of(self, arguments: _Arguments, before: Snapshot) -> Callable[[], Any]:
+        def rerun() -> Any:  # noqa: ANN401
+            now = self._rewind.remember()
+            self._rewind.restore(before)
+            try:
+                return self._forward(*arguments)
+            finally:
+                self._held = None
+                self._rewind.restore(now)
+                if isinstance(self._module, StepModule):
+                    self._module.step_values = {}
+
+        return rerun
+
+    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+        self._held = []
+        return self._originals["training_step"](*args, **kwargs)
+
+    def _log(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        if self._held is None:
+            self._originals["log"](*args, **kwargs)
+        else:
+            self._held.append((args, kwargs))
+
+    def _should_accumulate(self) -> bool:
+        if self._is_left_out:
+            return True
+        if not self.window:
+            return not self.has_stepped
+        if len(self.window) % self._trainer.accumulate_grad_batches == 0:
+            return False
+        return bool(self._strategy.handles_gradient_accumulation or not self._loop._num_ready_batches_reached())
+
+    def _update_learning_rates(self, interval: str, update_plateau_schedulers: bool) -> None:
+        """Schedules that step every few batches count the good ones."""
+        current = self._loop.batch_progress.current
+        num_left_out = self.num_left_out if interval == "step" else 0
+        current.ready -= num_left_out
+        try:
+            self._originals["_update_learning_rates"](interval, update_plateau_schedulers)
+        finally:
+            current.ready += num_left_out
+
+    def _optimizer_step(
+        self,
+        optimizer: Any,  # noqa: ANN401
+        closure: Callable[[], Any],
+        model: Any = None,  # noqa: ANN401
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        is_stepping = self._checks_gradients and not self._should_accumulate() and not self._scales_loss
+
+        def checked() -> Any:  # noqa: ANN401
+            result = closure()
+            if is_stepping:
+                self._check_gradients(optimizer)
+            return result
+
+        result = self._originals["optimizer_step"](optimizer, checked, model, **kwargs)
+        if is_stepping and getattr(getattr(self._engine, "optimizer", None), "overflow", False):
+            raise _LeftOut(self._bad_window())  # the engine has dropped the gradients
+        return result
+
+    def _check_gradients(self, optimizer: Any) -> None:  # noqa: ANN401
+        engine = self._engine
+        if engine is None:
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        elif hasattr(engine.optimizer, "overflow"):
+            return  # it looks by itself, in its step
+        else:
+            parameters = list(engine.module.parameters())
+        if is_any_rank(gradient_flag(parameters, self._device)):
+            bad = self._bad_window()
+            if engine is not None:
+                engine.zero_grad()
+                engine.micro_steps += 1
+            raise _LeftOut(bad)
+
+    def _bad_window(self) -> BadBatch:
+        assert self._latest is not None and self._window_start is not None
+        names = nonfinite_gradients(self._module)
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        self._rewind.restore(self._window_start)
+        return BadBatch(
+            {"gradient": ", ".join(names[:3]) + more} if names else {},
+            [self._num_begun - number for number in self.window],
+            self._rerun_of(*self._latest),
+            is_window=True,
+        )
+
+    @property
+    def _engine(self) -> Any:  # noqa: ANN401
+        """DeepSpeed's engine, if there is one."""
+        model = self._strategy.model
+        return model if hasattr(model, "is_gradient_accumulation_boundary") else None
+
+    @property
+    def _scales_loss(self) -> bool:
+        """Whether fp16's loss scale is on: whoever adapts it looks for overflows, and drops those steps by itself."""
+        if getattr(self._strategy.precision_plugin, "scaler", None) is not None:
+            return True
+        return self._engine is not None and bool(self._engine.fp16_enabled())
+
+
+def _number(value: Tensor | float) -> float:
+    return float(value.detach() if isinstance(value, Tensor) else value)

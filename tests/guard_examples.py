@@ -1,0 +1,99 @@
+"""A stranger's pipeline that knows nothing of this package, fed with batches some of which are bad."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from tests.training_examples import make_trainer
+
+
+class Poison(torch.autograd.Function):
+    """The identity, whose gradient is NaN where its input is marked."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, mark: Tensor) -> Tensor:
+        ctx.save_for_backward(mark)
+        return inputs.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (mark,) = ctx.saved_tensors
+        return torch.where(mark.bool(), float("nan"), gradient), None
+
+
+class Stranger(L.LightningModule):
+    """Dropout, BatchNorm, a momentum, a schedule, its own logs: everything that a bad batch can spoil."""
+
+    def __init__(self, returns_dict: bool = False, frequency: int = 1) -> None:
+        super().__init__()
+        self.returns_dict, self.frequency = returns_dict, frequency
+        torch.manual_seed(5)
+        self.first = nn.Linear(4, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.drop = nn.Dropout(0.3)
+        self.last = nn.Linear(8, 1)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Any:
+        hidden = self.drop(self.norm(self.first(batch["x"])))
+        loss = self.last(Poison.apply(hidden, batch["mark"])).square().mean()
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        return {"loss": loss, "score": batch["score"].mean()} if self.returns_dict else loss
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), 0.01)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        return [optimizer], [{"scheduler": schedule, "interval": "step", "frequency": self.frequency}]
+
+
+def make_batches(num_batches: int, bad: tuple[int, ...] = (), what: str = "loss", rank: int = 0) -> list[Any]:
+    """Batches of which some are bad: in their `loss`, `metric` or `gradient`."""
+    generator = torch.Generator().manual_seed(100 + rank)
+    batches = []
+    for number in range(num_batches):
+        x = torch.randn(6, 4, generator=generator)
+        is_bad = float(number in bad)
+        batch = {"x": x, "mark": torch.zeros(6, 1), "score": torch.zeros(6)}
+        if is_bad and what == "loss":
+            x[3, 2] = float("nan")
+        batch["mark"] += is_bad * (what == "gradient")
+        batch["score"] += torch.tensor(float("inf") if is_bad and what == "metric" else 1.0)
+        batches.append(batch)
+    return batches
+
+
+def fit(module: L.LightningModule, batches: list[Any], folder: Any, **arguments: Any) -> L.Trainer:
+    L.seed_everything(3, verbose=False)
+    trainer = make_trainer(**{"max_steps": -1, "max_epochs": 1, "default_root_dir": folder, **arguments})
+    trainer.fit(module, DataLoader(batches, batch_size=None))
+    return trainer
+
+
+def state_of(trainer: L.Trainer) -> dict[str, Any]:
+    """Everything that a left-out batch must not change, as a flat dictionary."""
+    state: dict[str, Any] = {f"module.{name}": value for name, value in trainer.lightning_module.state_dict().items()}
+    (optimizer,) = trainer.optimizers
+    for number, entries in optimizer.state_dict()["state"].items():
+        state |= {f"optimizer.{number}.{name}": value for name, value in entries.items()}
+    state["lr"] = optimizer.param_groups[0]["lr"]
+    for number, config in enumerate(trainer.lr_scheduler_configs):
+        state[f"schedule.{number}"] = config.scheduler.last_epoch
+    state["global_step"] = trainer.global_step
+    state["stepped"] = trainer.fit_loop.epoch_loop._batches_that_stepped
+    progress = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer
+    state["ready"] = (progress.step.total.ready, progress.step.total.completed, progress.step.current.completed)
+    state["random"] = torch.get_rng_state()
+    return state
+
+
+def differing(state: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    assert state.keys() == other.keys()
+
+    def equal(left: Any, right: Any) -> bool:
+        return torch.equal(left, right) if isinstance(left, Tensor) else left == right
+
+    return [name for name in state if not equal(state[name], other[name])]
