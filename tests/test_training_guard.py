@@ -3,9 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
-import torch
 
 from sat_lightning.training import SkipNonFinite
 from tests.guard_examples import Stranger, differing, fit, make_batches, state_of

@@ -26,13 +26,12 @@ def find_culprit(module: nn.Module, bad: BadBatch) -> str:
         return f"The parameter {names[0]} was not finite before the batch" + _others(names)
     search = _Search()
     try:
-        with _eager(), search.watch(module):
-            output = bad.rerun()
+        with _eager(), search.watch(module), bad.rerun() as output:
+            if search.first is not None or not bad.is_window:
+                return search.first or _without_module(output)
+            return search.follow_back(output["loss"] if isinstance(output, dict) else output)
     except Exception as error:  # noqa: BLE001 - one rank must not leave the others alone
         return f"Computing the batch again failed: {error}."
-    if search.first is not None or not bad.is_window:
-        return search.first or _without_module(output)
-    return search.follow_back(output["loss"] if isinstance(output, dict) else output)
 
 
 class _Search:
@@ -62,10 +61,7 @@ class _Search:
     def follow_back(self, loss: Tensor) -> str:
         """Find the gradient that is not finite nearest to the loss, among those of the modules' outputs."""
         tensors = [tensor for _, tensor in self._outputs]
-        try:
-            gradients: Any = torch.autograd.grad(loss, tensors, allow_unused=True)
-        except Exception as error:  # noqa: BLE001
-            return f"Its gradients cannot be followed back here: {error}."
+        gradients: Any = torch.autograd.grad(loss, tensors, allow_unused=True)
         after = "the loss"
         for (label, _), gradient in zip(reversed(self._outputs), reversed(gradients), strict=True):
             if gradient is None:

@@ -5,8 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
+from torch import Tensor
 
 
 def name_scalars(output: Any) -> dict[str, Tensor | float]:  # noqa: ANN401 - whatever a training step returns
@@ -63,34 +62,6 @@ def is_any_rank(flag: Tensor) -> bool:
     return bool(flag.item())
 
 
-def gradient_flag(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
-    """Tell whether any gradient is not finite.
-
-    Args:
-        parameters: those without a gradient are left out.
-        device: where the answer lies.
-
-    Returns:
-        An int32 of shape `[1]`: 0 or 1.
-    """
-    gradients = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    if not gradients:
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    # The largest magnitude, and no sum of squares: that overflows where every gradient is finite.
-    largest = get_total_norm(gradients, math.inf)
-    return torch.isfinite(largest).logical_not().to(device, torch.int32).reshape(1)
-
-
-def nonfinite_gradients(module: nn.Module) -> list[str]:
-    """Name the parameters whose gradient is not finite, the ones nearest to the loss first.
-
-    Args:
-        module: their owner.
-    """
-    named = [(name, p.grad) for name, p in module.named_parameters() if p.grad is not None]
-    return [name for name, gradient in reversed(named) if not torch.isfinite(_local(gradient)).all()]
-
-
 def gather_objects(value: Any) -> list[Any]:  # noqa: ANN401
     """Collect a small object from every rank; all of them have to call this.
 
@@ -106,10 +77,3 @@ def gather_objects(value: Any) -> list[Any]:  # noqa: ANN401
     values: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(values, value)
     return values
-
-
-def _local(gradient: Tensor) -> Tensor:
-    """The part of a gradient that lies here, and of a sparse one its values."""
-    if hasattr(gradient, "to_local"):
-        gradient = gradient.to_local()
-    return gradient.coalesce().values() if gradient.is_sparse else gradient

@@ -1,20 +1,17 @@
 """The seam by which a batch, or a window of accumulated batches, is left out of a run of any Lightning module."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning as L
 from torch import Tensor
 
-from sat_lightning.training.finite import (
-    gradient_flag,
-    has_nonfinite,
-    is_any_rank,
-    name_scalars,
-    nonfinite_gradients,
-)
+from sat_lightning.training.finite import has_nonfinite, is_any_rank, name_scalars
+from sat_lightning.training.gradients import GradientCheck
 from sat_lightning.training.rewind import Snapshot, StepRewind
 from sat_lightning.training.steps import StepModule
 
@@ -29,8 +26,8 @@ class BadBatch:
     """What was not finite on this rank, for instance `{"loss": "nan"}`; it may be empty."""
     batches_ago: list[int]
     """Which are left out: 0 for the batch itself; for a bad gradient the good ones of its window, oldest first."""
-    rerun: Callable[[], Any]
-    """Computes the training step of the batch once more, as it was; every rank has to call it."""
+    rerun: Callable[[], AbstractContextManager[Any]]
+    """Computes the training step of the batch once more, as it was; every rank has to enter it."""
     is_window: bool = False
     """Whether a gradient was bad, which spoils everything that was accumulated."""
 
@@ -70,6 +67,7 @@ class StepGuard:
         self._device = trainer.strategy.root_device
         self._checks_metrics, self._checks_gradients = check_metrics, check_gradients
         self._on_left_out = on_left_out
+        self._gradients = GradientCheck(trainer.strategy)
         self._rewind = StepRewind(self._module, self._device)
         self._originals: dict[str, Callable[..., Any]] = {}
         self._undo: list[tuple[Any, str, Any]] = []
@@ -77,6 +75,7 @@ class StepGuard:
         self._latest: tuple[_Arguments, Snapshot] | None = None
         self._latest_good: tuple[_Arguments, Snapshot] | None = None
         self._window_start: Snapshot | None = None
+        self._after_run = ExitStack()
         self._is_left_out, self._is_closing = False, False
         self._num_begun = 0
         self.window: list[int] = []
@@ -96,9 +95,8 @@ class StepGuard:
         self._replace(self._loop, "_should_accumulate", self._should_accumulate)
         self._replace(self._loop, "_update_learning_rates", self._update_learning_rates)
         self._replace(self._module, "log", self._log)
-        optimizer: Any = getattr(self._engine, "optimizer", None)
-        if self._checks_gradients and hasattr(optimizer, "check_grad_overflow"):
-            optimizer.check_grad_overflow = True  # ZeRO 1 and 2 hold gradients where nobody else sees them
+        if self._checks_gradients:
+            self._gradients.prepare()
 
     def detach(self) -> None:
         """Step out, and leave nothing behind."""
@@ -140,6 +138,7 @@ class StepGuard:
             outputs, bad = {}, left_out.bad
         finally:
             self._held, self._latest = None, None
+            self._after_run.close()
         if bad is not None:
             for count, ready in before:
                 count.ready = ready
@@ -168,7 +167,7 @@ class StepGuard:
                 self._latest_good = self._latest
             return output
         found = {name: f"{number:g}" for name, value in values.items() if not math.isfinite(number := _number(value))}
-        bad = BadBatch(found, [0], self._rerun_of((args, kwargs), before))
+        bad = BadBatch(found, [0], partial(self._rerun, *self._latest))
         self._rewind.restore(before)
         is_last = self._loop._num_ready_batches_reached() and not self._strategy.handles_gradient_accumulation
         if is_last and self._latest_good is not None:
@@ -182,7 +181,7 @@ class StepGuard:
         clips and steps in its own way.
         """
         assert self._latest_good is not None
-        output = self._rerun_of(*self._latest_good)()
+        output = self._after_run.enter_context(self._rerun(*self._latest_good))
         self._is_closing, self.window = True, self.window[:-1]
         self.num_left_out += 1
         self._on_left_out(bad)
@@ -195,19 +194,19 @@ class StepGuard:
             return {name: value for name, value in values.items() if name == "loss"}
         return {**values, **self._module.step_values} if isinstance(self._module, StepModule) else values
 
-    def _rerun_of(self, arguments: _Arguments, before: Snapshot) -> Callable[[], Any]:
-        def rerun() -> Any:  # noqa: ANN401
-            now = self._rewind.remember()
-            self._rewind.restore(before)
-            try:
-                return self._forward(*arguments)
-            finally:
-                self._held = None
-                self._rewind.restore(now)
-                if isinstance(self._module, StepModule):
-                    self._module.step_values = {}
-
-        return rerun
+    @contextmanager
+    def _rerun(self, arguments: _Arguments, before: Snapshot) -> Iterator[Any]:
+        """Compute a batch again, and take it back only when its backward pass, if any, is done."""
+        now = self._rewind.remember()
+        self._rewind.restore(before)
+        try:
+            output = self._forward(*arguments)
+            self._held = None
+            if isinstance(self._module, StepModule):
+                self._module.step_values = {}
+            yield output
+        finally:
+            self._rewind.restore(now)
 
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
         self._held = []
@@ -245,58 +244,26 @@ class StepGuard:
         model: Any = None,  # noqa: ANN401
         **kwargs: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
-        is_stepping = self._checks_gradients and not self._should_accumulate() and not self._scales_loss
+        is_stepping = self._checks_gradients and not self._should_accumulate() and not self._gradients.is_left_to_scaler
 
         def checked() -> Any:  # noqa: ANN401
             result = closure()
-            if is_stepping:
-                self._check_gradients(optimizer)
+            if is_stepping and self._gradients.is_bad_before_step(optimizer):
+                raise _LeftOut(self._bad_window())
             return result
 
         result = self._originals["optimizer_step"](optimizer, checked, model, **kwargs)
-        if is_stepping and getattr(getattr(self._engine, "optimizer", None), "overflow", False):
-            raise _LeftOut(self._bad_window())  # the engine has dropped the gradients
+        if is_stepping and self._gradients.is_bad_after_step():
+            raise _LeftOut(self._bad_window())
         return result
-
-    def _check_gradients(self, optimizer: Any) -> None:  # noqa: ANN401
-        engine = self._engine
-        if engine is None:
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        elif hasattr(engine.optimizer, "overflow"):
-            return  # it looks by itself, in its step
-        else:
-            parameters = list(engine.module.parameters())
-        if is_any_rank(gradient_flag(parameters, self._device)):
-            bad = self._bad_window()
-            if engine is not None:
-                engine.zero_grad()
-                engine.micro_steps += 1
-            raise _LeftOut(bad)
 
     def _bad_window(self) -> BadBatch:
         assert self._latest is not None and self._window_start is not None
-        names = nonfinite_gradients(self._module)
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        found = {"gradient": names} if (names := self._gradients.describe()) else {}
+        self._gradients.drop()
         self._rewind.restore(self._window_start)
-        return BadBatch(
-            {"gradient": ", ".join(names[:3]) + more} if names else {},
-            [self._num_begun - number for number in self.window],
-            self._rerun_of(*self._latest),
-            is_window=True,
-        )
-
-    @property
-    def _engine(self) -> Any:  # noqa: ANN401
-        """DeepSpeed's engine, if there is one."""
-        model = self._strategy.model
-        return model if hasattr(model, "is_gradient_accumulation_boundary") else None
-
-    @property
-    def _scales_loss(self) -> bool:
-        """Whether fp16's loss scale is on: whoever adapts it looks for overflows, and drops those steps by itself."""
-        if getattr(self._strategy.precision_plugin, "scaler", None) is not None:
-            return True
-        return self._engine is not None and bool(self._engine.fp16_enabled())
+        batches_ago = [self._num_begun - number for number in self.window]
+        return BadBatch(found, batches_ago, partial(self._rerun, *self._latest), is_window=True)
 
 
 def _number(value: Tensor | float) -> float:
