@@ -72,9 +72,9 @@ class StepGuard:
         self._originals: dict[str, Callable[..., Any]] = {}
         self._undo: list[tuple[Any, str, Any]] = []
         self._held: list[_Arguments] | None = None
-        self._latest: tuple[_Arguments, Snapshot] | None = None
-        self._latest_good: tuple[_Arguments, Snapshot] | None = None
-        self._window_start: Snapshot | None = None
+        self._latest: Any = None  # arguments, and what was remembered before them
+        self._latest_good: Any = None
+        self._window_start: Any = None
         self._after_run = ExitStack()
         self._is_left_out, self._is_closing = False, False
         self._num_begun = 0
@@ -171,17 +171,16 @@ class StepGuard:
         self._rewind.restore(before)
         is_last = self._loop._num_ready_batches_reached() and not self._strategy.handles_gradient_accumulation
         if is_last and self._latest_good is not None:
-            return self._close_window(bad)
+            return self._close_window(bad, *self._latest_good)
         raise _LeftOut(bad)
 
-    def _close_window(self, bad: BadBatch) -> Tensor:
+    def _close_window(self, bad: BadBatch, good: _Arguments, before: Snapshot) -> Tensor:
         """The last batch of an epoch is bad and a window is open: step with what the window has.
 
         The last good batch is run again for a loss of which every gradient is zero, so that each strategy reduces,
         clips and steps in its own way.
         """
-        assert self._latest_good is not None
-        output = self._after_run.enter_context(self._rerun(*self._latest_good))
+        output = self._after_run.enter_context(self._rerun(good, before))
         self._is_closing, self.window = True, self.window[:-1]
         self.num_left_out += 1
         self._on_left_out(bad)
@@ -258,7 +257,6 @@ class StepGuard:
         return result
 
     def _bad_window(self) -> BadBatch:
-        assert self._latest is not None and self._window_start is not None
         found = {"gradient": names} if (names := self._gradients.describe()) else {}
         self._gradients.drop()
         self._rewind.restore(self._window_start)
