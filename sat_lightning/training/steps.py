@@ -77,8 +77,8 @@ class StepModule(L.LightningModule):
         values, self.step_values = self.step_values, {}
         if values:
             self._train_means.add(values, self._step_weight)
-            if is_logging_step(self.trainer):
-                self._log_train_means()
+        if self._train_means and is_logging_step(self.trainer):
+            self._log_train_means()
 
     def on_train_epoch_end(self) -> None:
         """Log what no step has logged, so that no step is lost and short runs have a loss too."""

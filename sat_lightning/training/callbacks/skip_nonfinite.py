@@ -12,7 +12,7 @@ from sat_lightning.training.diagnosis import find_culprit
 from sat_lightning.training.finite import gather_objects
 from sat_lightning.training.guard import BadBatch, StepGuard
 from sat_lightning.training.progress import DataProgress
-from sat_lightning.training.runs import is_trial, run_folder
+from sat_lightning.training.runs import is_trial, logged_step, run_folder
 
 _FEWEST_BATCHES = 100  # of which `max_fraction` is taken: a fraction of a run's first batches says little
 _NUM_WARNINGS = 5  # further ones are only in the file
@@ -191,8 +191,7 @@ class SkipNonFinite(L.Callback):
         }
         self._report(record)
         for logger in trainer.loggers:
-            step = trainer.fit_loop.epoch_loop._batches_that_stepped
-            logger.log_metrics({"skipped_batches": float(self.num_skipped)}, step=step)
+            logger.log_metrics({"skipped_batches": float(self.num_skipped)}, step=logged_step(trainer))
         if limit := self._limit():
             raise NonFiniteError(self._explain(limit, record, bad))
 
