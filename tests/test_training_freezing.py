@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from sat_lightning.errors import ConfigError
-from sat_lightning.training.freezing import describe_trainable, freeze_parameters
+from sat_lightning.training.freezing import freeze_parameters
 from tests.training_examples import (
     ScaleMixin,
     changed_names,
@@ -65,28 +65,3 @@ def test_frozen_wins_inside_trainable() -> None:
 def test_patterns_are_checked(patterns: dict, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         freeze_parameters(make_model(), **patterns)
-
-
-def test_table_counts_block_by_block() -> None:
-    model = make_model()
-    freeze_parameters(model, frozen=[r"layers\.0", "word"])
-    rows = {line.split()[0]: line.split()[1:] for line in describe_trainable(model).splitlines()}
-    num_layer = sum(p.numel() for p in model.transformer.layers[0].parameters())
-    total = sum(p.numel() for p in model.parameters())
-    num_frozen = num_layer + 17 * 32
-    assert rows["parameters"] == ["trainable", "frozen"]
-    assert rows["transformer.layers"] == [f"{num_layer:,}", f"{num_layer:,}"]
-    assert rows["transformer.word_embeddings"] == ["0", f"{17 * 32:,}"]
-    assert rows["total"] == [f"{total - num_frozen:,}", f"{num_frozen:,}"]
-
-
-def test_table_is_said_when_a_run_starts(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO"):
-        make_trainer(1).fit(make_task(frozen=["embeddings"]), counting_loader())
-    assert describe_trainable(make_frozen()) in caplog.text
-
-
-def make_frozen():
-    model = make_model()
-    freeze_parameters(model, frozen=["embeddings"])
-    return model

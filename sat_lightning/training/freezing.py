@@ -1,4 +1,4 @@
-"""Which parameters train: patterns over their names, and a table of what came of them."""
+"""Which parameters train: patterns over their names."""
 
 import re
 from collections.abc import Sequence
@@ -34,26 +34,6 @@ def freeze_parameters(
         parameters[name].requires_grad_(False)
     if (trainable is not None or frozen) and not any(p.requires_grad for p in parameters.values()):
         raise ConfigError(f"trainable {list(trainable or [])} and frozen {list(frozen or [])} leave nothing to train.")
-
-
-def describe_trainable(model: nn.Module) -> str:
-    """Return a table of how many parameters train and how many are frozen, block by block.
-
-    Args:
-        model: any module; a block is the first two words of a parameter's name.
-
-    Returns:
-        The table, ending in the sums.
-    """
-    blocks: dict[str, list[int]] = {}
-    for name, parameter in model.named_parameters():
-        counts = blocks.setdefault(".".join(name.split(".")[:2]), [0, 0])
-        # ds_numel: under ZeRO-3 a parameter is an empty shell, its true size stands beside it.
-        counts[0 if parameter.requires_grad else 1] += getattr(parameter, "ds_numel", parameter.numel())
-    blocks["total"] = [sum(counts) for counts in zip(*blocks.values(), strict=True)] or [0, 0]
-    width = max(len("parameters"), *map(len, blocks))
-    rows = [f"{name:<{width}}  {trains:>15,}  {frozen:>15,}" for name, (trains, frozen) in blocks.items()]
-    return "\n".join([f"{'parameters':<{width}}  {'trainable':>15}  {'frozen':>15}", *rows])
 
 
 def _find(option: str, patterns: Sequence[str], names: list[str]) -> set[str]:

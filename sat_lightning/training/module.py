@@ -6,18 +6,19 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import ConfigError
 from sat_lightning.model import BaseMixin, BaseModel
 from sat_lightning.training.flops import count_flops
-from sat_lightning.training.freezing import describe_trainable, freeze_parameters
+from sat_lightning.training.freezing import freeze_parameters
 from sat_lightning.training.groups import freeze_by_rules, group_parameters, scale_learning_rates
 from sat_lightning.training.optim import OptimConfig, OptimizerFactory, make_adamw, make_schedule
 from sat_lightning.training.runs import is_trial, total_steps
 from sat_lightning.training.steps import StepModule
+from sat_lightning.training.summary import report_run
 
 ModelFactory = Callable[[], BaseModel]
 MixinFactory = Callable[[TransformerConfig], BaseMixin]
@@ -122,8 +123,8 @@ class SATLightningModule(StepModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        """Say which parameters train."""
-        rank_zero_info(describe_trainable(self._built_model()))
+        """Say what trains, and what a step holds."""
+        report_run(self.trainer, self._built_model())
 
     def on_train_epoch_start(self) -> None:
         """Count operations anew: callbacks that freeze and unfreeze do so now."""

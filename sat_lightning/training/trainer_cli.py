@@ -57,7 +57,10 @@ def run_trainer(verb: str, words: list[str]) -> None:
 
 def _make_cli_class() -> Any:  # noqa: ANN401 - a class of a module that is imported late
     from jsonargparse import ArgumentError, ArgumentParser
+    from lightning.pytorch import Trainer
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+    from sat_lightning.training.module import SATLightningModule
 
     class TrainerCLI(LightningCLI):
         """Lightning's CLI, whose refusals fit on one line."""
@@ -83,6 +86,12 @@ def _make_cli_class() -> Any:  # noqa: ANN401 - a class of a module that is impo
             # A checkpoint is data; Lightning's default would run what a pickle says.
             if self.config[self.subcommand].get("weights_only") is None:
                 self.config[self.subcommand]["weights_only"] = True
+
+        def instantiate_trainer(self, **kwargs: Any) -> Trainer:  # noqa: ANN401
+            is_unsaid = self.config[self.subcommand]["trainer"].get("enable_model_summary") is None
+            if is_unsaid and isinstance(self.model, SATLightningModule):
+                kwargs["enable_model_summary"] = False  # ours prints a table of its own
+            return super().instantiate_trainer(**kwargs)
 
         def instantiate_classes(self) -> None:
             try:
