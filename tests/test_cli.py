@@ -105,7 +105,7 @@ def test_fit_leaves_everything_in_one_folder_and_can_be_run_again(folder: Path) 
     for version in (0, 1):
         fit()
         run = folder / "runs" / "tiny" / f"version_{version}"
-        assert {path.name for path in run.iterdir()} == {"checkpoints", "config.yaml", "metrics.csv"}
+        assert {path.name for path in run.iterdir()} == {"checkpoints", "config.yaml", "metrics.csv", "summary.txt"}
         assert "val_bits_per_byte" in (run / "metrics.csv").read_text().splitlines()[0]
         assert [path.name for path in (run / "checkpoints").iterdir()] == ["epoch=0-step=2.ckpt"]
 
