@@ -197,8 +197,8 @@ REFUSED = {
     "--trainer.max_step 3": "there is no option 'trainer.max_step'. Did you mean 'trainer.max_steps'?",
     "--trainer.max_steps three": "trainer.max_steps: Expected a <class 'int'>. Got value: three",
     "--model.optim.learning_rte 1": "there is no option 'optim.learning_rte'. Did you mean 'learning_rate'?",
-    "--model.optim.schedule cosin": "model.optim.schedule: unknown value 'cosin', known are cosine, linear, constant. "
-    "Did you mean 'cosine'?",
+    "--model.optim.schedule cosin": "model.optim.schedule: unknown value 'cosin', known are cosine, linear, "
+    "exponential, constant, wsd, inverse_sqrt, sat_linear, sat_cosine. Did you mean 'cosine'?",
     "--model LanguageModelTask": "there is no class 'LanguageModelTask'. Did you mean 'LanguageModelingTask'?",
     "--model.model GPTModel": "model.model: there is no class 'GPTModel'. Did you mean 'GPT2Model'?",
     "--model.model.config.num_layer 2": "there is no option 'config.num_layer'. Did you mean 'config.num_layers'?",
