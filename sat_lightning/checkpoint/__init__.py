@@ -1,5 +1,26 @@
 """Bytes to weights and back."""
 
-from sat_lightning.checkpoint.pretrained import AutoModel, LoadReport, load_checkpoint, save_pretrained
+import sys
 
-__all__ = ["AutoModel", "LoadReport", "load_checkpoint", "save_pretrained"]
+from sat_lightning.checkpoint.hub import known_models, sat_home
+from sat_lightning.checkpoint.huggingface import save_huggingface
+from sat_lightning.checkpoint.loading import load_checkpoint
+from sat_lightning.checkpoint.native import save_pretrained
+from sat_lightning.checkpoint.pretrained import AutoModel, from_pretrained
+from sat_lightning.checkpoint.report import LoadReport
+from sat_lightning.checkpoint.sat import save_sat
+from sat_lightning.model.persistence import provide_persistence
+
+__all__ = [
+    "AutoModel",
+    "LoadReport",
+    "from_pretrained",
+    "known_models",
+    "load_checkpoint",
+    "sat_home",
+    "save_huggingface",
+    "save_pretrained",
+    "save_sat",
+]
+
+provide_persistence(sys.modules[__name__])

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from sat_lightning.checkpoint.files import MAX_SHARD_SIZE, found_beside, open_weights, write_json, write_weights
+from sat_lightning.checkpoint.keymap import plan_export
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import CheckpointError, nearest
 from sat_lightning.model import BaseModel, registered_models
@@ -55,3 +61,99 @@ def import_config(model_class: type[BaseModel], key_map: KeyMap, values: Mapping
     """Make our configuration from their config.json, which is kept in `extra` for the way back."""
     fields = key_map.config_from_hf(values)
     return model_class.config_class(**fields, extra={RECORD: {"config": dict(values)}})
+
+
+def open_huggingface(folder: Path) -> Mapping[str, Tensor]:
+    """Open the weights of a Hugging Face folder.
+
+    Raises:
+        CheckpointError: if there are none; the message lists what is there.
+    """
+    found = open_weights(folder)
+    if found is None:
+        raise CheckpointError(
+            f"{folder} has a config.json and no weights: neither model.safetensors nor pytorch_model.bin, whole or "
+            f"with an index.{found_beside(folder / 'model.safetensors')}"
+        )
+    return found[0]
+
+
+def is_tied(values: Mapping[str, Any], key_map: KeyMap) -> bool:
+    """Tell whether a config.json ties the pairs of `key_map.tied`."""
+    return bool(values.get("tie_word_embeddings", key_map.is_tied_by_default))
+
+
+def save_huggingface(
+    model: BaseModel,
+    folder: str | os.PathLike[str],
+    *,
+    model_type: str | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+) -> None:
+    """Write a folder that transformers loads: config.json and safetensors.
+
+    Args:
+        model: any model of a family with a key map.
+        folder: made where it is missing; files of these names in it are replaced.
+        model_type: of theirs, where the family has several. Default: that of the folder it was read from, or the first.
+        max_shard_size: bytes above which the weights are written in several files and an index.
+
+    Raises:
+        CheckpointError: if the family has no such map, or a tensor (an added mixin's, say) has no place in it.
+    """
+    write_huggingface(model.state_dict(), model.config, type(model), Path(folder), model_type, max_shard_size)
+
+
+def write_huggingface(
+    tensors: Mapping[str, Tensor],
+    config: TransformerConfig,
+    model_class: type[BaseModel],
+    folder: Path,
+    model_type: str | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+) -> None:
+    """Write tensors of our names as a Hugging Face folder; see `save_huggingface`."""
+    record = config.extra.get(RECORD, {})
+    before = dict(record.get("config", {}))
+    key_map = _choose_map(model_class, before, model_type)
+    if before.get("model_type") != key_map.model_type:
+        record, before = {}, {}
+    values = _export_config(key_map, config, model_class, before)
+    what = f"the {model_class.__name__}"
+    plan = plan_export(
+        key_map, tensors.keys(), config, layout=record.get("layout"), is_tied=is_tied(values, key_map), what=what
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_weights(folder, plan.write(tensors, what), max_shard_size)
+    if plan.is_untied:
+        values["tie_word_embeddings"] = False
+    elif key_map.tied and "tie_word_embeddings" not in before:
+        values["tie_word_embeddings"] = is_tied(values, key_map)
+    write_json(folder / "config.json", values)
+
+
+def _choose_map(model_class: type[BaseModel], before: Mapping[str, Any], model_type: str | None) -> KeyMap:
+    wanted = model_type or before.get("model_type")
+    if before and (model_type is None or before.get("model_type") == model_type):
+        return find_key_map(before, model_class)[1]
+    maps = {key_map.model_type: key_map for key_map in reversed(model_class.key_maps)}
+    if not maps:
+        raise CheckpointError(
+            f"{model_class.__name__} has no key map, so Hugging Face has no such family. Save it native."
+        )
+    if wanted is not None and wanted not in maps:
+        raise CheckpointError(
+            f"{model_class.__name__} has no key map '{wanted}', it has {', '.join(maps)}.{nearest(str(wanted), maps)}"
+        )
+    return maps[wanted] if wanted is not None else model_class.key_maps[0]
+
+
+def _export_config(
+    key_map: KeyMap, config: TransformerConfig, model_class: type[BaseModel], before: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return their config.json: as it was read, but for what was changed since."""
+    now = key_map.config_to_hf(config)
+    if not before:
+        return {"model_type": key_map.model_type, "architectures": [key_map.architectures[0]], **now}
+    then = key_map.config_to_hf(import_config(model_class, key_map, before))
+    return dict(before) | {name: value for name, value in now.items() if name not in then or then[name] != value}

@@ -6,14 +6,14 @@ gives one tensor after the other, so that a whole checkpoint is never held twice
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sat_lightning.checkpoint.report import matches, some
 from sat_lightning.checkpoint.templates import Group, expand, fill_theirs
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import CheckpointError
@@ -35,6 +35,10 @@ class Plan:
     """Names of theirs that equal another one, in the table's names."""
     buffers: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
     """Names of theirs whose values are known -> template and value."""
+    unread: set[str] = field(default_factory=set)
+    """Names of theirs that nothing asks for."""
+    unfilled: set[str] = field(default_factory=set)
+    """Names of ours that nothing fills."""
     is_untied: bool = False
     """Whether `write` met a pair that the configuration ties and the weights do not."""
 
@@ -96,6 +100,7 @@ def plan_import(
     is_tied: bool = True,
     ignore: Sequence[str] = (),
     may_miss: Sequence[str] = (),
+    strict: bool = True,
 ) -> Plan:
     """Plan the reading of a Hugging Face file.
 
@@ -108,6 +113,7 @@ def plan_import(
         is_tied: whether the file's configuration ties the pairs of `key_map.tied`.
         ignore: names of theirs, with `*`, that are left unread on purpose.
         may_miss: names of ours, with `*`, that may stay unfilled.
+        strict: whether gaps are an error; `unread` and `unfilled` of the plan tell them else.
 
     Returns:
         The plan.
@@ -119,9 +125,9 @@ def plan_import(
     plan = Plan([], config, {})
     known = {name for group in groups for name in group.theirs} | key_map.tied.keys()
     known |= {name for template in key_map.buffers for name in fill_theirs(template, key_map, config)}
-    present = {_table_name(name, key_map, known, plan.layout): name for name in source if not _matches(name, ignore)}
+    present = {_table_name(name, key_map, known, plan.layout): name for name in source if not matches(name, ignore)}
     plan.files = {name: actual for name, actual in present.items() if name != actual}
-    unread, unfilled = set(present), {n for n in target if not _matches(n, (*key_map.derived, *may_miss))}
+    unread, unfilled = set(present), {n for n in target if not matches(n, (*key_map.derived, *may_miss))}
     unread -= _plan_buffers(plan, key_map, present)
     if is_tied:
         unread -= _plan_ties(plan, key_map, present)
@@ -130,8 +136,9 @@ def plan_import(
             plan.groups.append(group)
             unread.difference_update(group.theirs)
             unfilled.difference_update(group.ours)
-    if unread or unfilled:
-        raise CheckpointError(_describe_failure(what, key_map, {present[name] for name in unread}, unfilled))
+    plan.unread, plan.unfilled = {present[name] for name in unread}, unfilled
+    if strict and (unread or unfilled):
+        raise CheckpointError(_describe_failure(what, key_map, plan.unread, unfilled))
     return plan
 
 
@@ -189,7 +196,7 @@ def plan_export(
     """
     groups = [group for group in expand(key_map, config) if all(name in source for name in group.ours)]
     plan = Plan(groups, config, dict(layout or {}), tied=dict(key_map.tied) if is_tied else {})
-    unread = {name for name in source if not _matches(name, (*key_map.derived, *ignore))}
+    unread = {name for name in source if not matches(name, (*key_map.derived, *ignore))}
     unread -= {name for group in groups for name in group.ours}
     if unread:
         raise CheckpointError(_describe_failure(what, key_map, unread, set()))
@@ -246,15 +253,7 @@ def _apply(group: Group, direction: str, tensors: list[Tensor], config: Transfor
 
 def _describe_failure(what: str, key_map: KeyMap, unread: Collection[str], unfilled: Collection[str]) -> str:
     return (
-        f"{what}: the map of '{key_map.model_type}' leaves {_list(unread)} unread and {_list(unfilled)} unfilled. "
+        f"{what}: the map of '{key_map.model_type}' leaves {len(unread)} names of the source unread "
+        f"({some(sorted(unread), 20)}) and {len(unfilled)} of the target unfilled ({some(sorted(unfilled), 20)}). "
         "Check that the configuration is that of these weights; name what may be left in `ignore` and `may_miss`."
     )
-
-
-def _list(names: Collection[str], limit: int = 20) -> str:
-    shown = ", ".join(sorted(names)[:limit]) or "nothing"
-    return f"{len(names)} ({shown}{', ...' if len(names) > limit else ''})" if names else shown
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,154 +1,181 @@
-"""Model folders: `model_config.json`, which SAT reads too, and `model.safetensors`."""
+"""From a name, a folder or a URL to a model that stands."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import sat_lightning.models  # noqa: F401  (registers the families that a folder may name)
-from sat_lightning.checkpoint.sat import PARTITION_NAME, read_sat_tensors
-from sat_lightning.errors import CheckpointError, nearest
+from sat_lightning.checkpoint.files import found_beside, read_json
+from sat_lightning.checkpoint.fitting import fit
+from sat_lightning.checkpoint.hub import locate
+from sat_lightning.checkpoint.huggingface import find_key_map, import_config
+from sat_lightning.checkpoint.loading import Format, Source, find_format, open_incoming
+from sat_lightning.checkpoint.migrate import migrate_native
+from sat_lightning.checkpoint.native import CONFIG_NAME, FORMAT_KEYS, rebuild_mixins
+from sat_lightning.checkpoint.report import Tolerance
+from sat_lightning.checkpoint.resize import PositionFill, Resize, VocabularyFill, round_up
+from sat_lightning.checkpoint.sat import find_config
+from sat_lightning.config import TransformerConfig
+from sat_lightning.errors import CheckpointError
 from sat_lightning.model import BaseModel, find_model
+from sat_lightning.model.keymap import KeyMap
 
-CONFIG_NAME, WEIGHTS_NAME = "model_config.json", "model.safetensors"
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What a load did, by names of the state dict."""
-
-    loaded: tuple[str, ...]
-    missing: tuple[str, ...]
-    """In the model, not in the file: these keep the values they had."""
-    unexpected: tuple[str, ...]
-    """In the file, not in the model."""
+__all__ = ["AutoModel", "from_pretrained"]
+_READING = tuple(field.name for field in fields(Source) if field.name != "path")
+_TOLERANCE = tuple(field.name for field in fields(Tolerance))
 
 
-def save_pretrained(model: BaseModel, folder: str | os.PathLike[str]) -> None:
-    """Write a model folder; each file appears whole, or not at all.
+@dataclass
+class Blueprint:
+    """What a checkpoint says about the model it is of."""
 
-    Args:
-        model: any model; tensors that share memory are written once for each name.
-        folder: made where it is missing; files of these names in it are replaced.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    seen: set[int] = set()
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        is_shared = tensor.untyped_storage().data_ptr() in seen
-        seen.add(tensor.untyped_storage().data_ptr())
-        tensors[name] = tensor.clone() if is_shared else tensor.contiguous()
-    with _written_whole(folder / WEIGHTS_NAME) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-    with _written_whole(folder / CONFIG_NAME) as temporary:
-        config = model.config.to_dict(model_class=type(model).__name__)
-        temporary.write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
+    kind: Format
+    values: Mapping[str, Any]
+    model_class: type[BaseModel]
+    config: TransformerConfig
+    key_map: KeyMap | None = None
 
 
-def load_checkpoint(model: BaseModel, path: str | os.PathLike[str], strict: bool = True) -> LoadReport:
-    """Load a model folder, or its weights file, into a model that stands, mixins and all.
-
-    Args:
-        model: receives the weights, in its own dtype.
-        path: the folder, or the `.safetensors` file.
-        strict: whether a name that only one side has is an error.
-
-    Returns:
-        What was loaded and what was not.
-
-    Raises:
-        CheckpointError: if there is nothing to read, names do not match under `strict`, or shapes do not fit; the model
-            is then as it was.
-    """
-    file = Path(path)
-    if file.is_dir() and not (file / WEIGHTS_NAME).is_file() and any(file.rglob(PARTITION_NAME.format(0))):
-        tensors = read_sat_tensors(file)
-    else:
-        file = file / WEIGHTS_NAME if file.is_dir() else file
-        if not file.is_file():
-            raise CheckpointError(f"{file}: there is no such file.{_found_beside(file)}")
-        try:
-            tensors = load_file(file)
-        except SafetensorError as error:
-            raise CheckpointError(f"{file} is no whole safetensors file ({error}). Copy or save it again.") from error
-    own = model.state_dict()
-    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    if strict and (missing or unexpected):
-        raise CheckpointError(
-            f"{file} does not fit {type(model).__name__}: missing {_some(missing)}, unexpected {_some(unexpected)}. "
-            "Add the mixins it was saved with, or pass strict=False to load what both have."
+def from_pretrained(
+    model_class: type[BaseModel] | None,
+    name: str | os.PathLike[str],
+    *,
+    build_only: bool = False,
+    dtype: torch.dtype | Literal["auto"] | None = None,
+    resize_vocab: VocabularyFill | None = None,
+    resize_positions: PositionFill | None = None,
+    make_vocab_size_divisible_by: int | None = None,
+    home: str | os.PathLike[str] | None = None,
+    url: str | None = None,
+    offline: bool | None = None,
+    **options: Any,
+) -> BaseModel:
+    """Build the model of a checkpoint, and load its weights; `BaseModel.from_pretrained` describes the arguments."""
+    reading = {key: options.pop(key) for key in _READING if key in options}
+    tolerance = Tolerance(**{key: options.pop(key) for key in _TOLERANCE if key in options})
+    path = locate(name, home=home, url=url, offline=offline)
+    plan = read_blueprint(path, model_class)
+    if make_vocab_size_divisible_by is not None:
+        options["vocab_size"] = round_up(
+            options.get("vocab_size", plan.config.vocab_size), make_vocab_size_divisible_by
         )
-    shared = sorted(own.keys() & tensors.keys())
-    for name in shared:
-        if own[name].shape != tensors[name].shape:
-            raise CheckpointError(
-                f"{file}: '{name}' is {list(tensors[name].shape)}, the model has {list(own[name].shape)}. Build the "
-                f"model from the {CONFIG_NAME} beside the file."
-            )
-    model.load_state_dict({name: tensors[name] for name in shared}, strict=False)
-    return LoadReport(tuple(shared), tuple(missing), tuple(unexpected))
+        resize_vocab = resize_vocab or "zeros"
+    before, plan.config = plan.config, plan.config.replace(**options)
+    resize = Resize(before, plan.config, resize_vocab, resize_positions)
+    if build_only:
+        return _build(plan, str(path)).eval()
+    keeps_some = tolerance != Tolerance() or resize.needs_initial_values
+    model = _build(plan, str(path)) if keeps_some else _build_empty(plan, str(path))
+    incoming = open_incoming(Source(path, **reading), model, tolerance)
+    model.load_report = fit(model, incoming, tolerance, what=str(path), resize=resize, adopts=True, dtype=dtype)
+    if isinstance(dtype, torch.dtype):
+        model.to(dtype)
+    return model.eval()
 
 
 class AutoModel:
-    """Build the model that a folder names."""
+    """Build the model that a checkpoint names."""
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], **config_overrides: Any) -> BaseModel:
-        """Build the model class that a folder names, and load its weights.
+    def from_pretrained(cls, name: str | os.PathLike[str], **options: Any) -> BaseModel:
+        """Build the model class that a checkpoint names, and load its weights.
 
         Args:
-            path: a model folder.
-            **config_overrides: fields of the configuration to change.
+            name: a folder (native, SAT's or Hugging Face's), a known name, `hf://organisation/name`, or a URL.
+            **options: see `BaseModel.from_pretrained`.
 
         Returns:
             The model, in evaluation mode.
 
         Raises:
-            CheckpointError: if the folder is no model folder, or its weights do not fit.
-            ConfigError: if it names an unknown class, or an override is no field.
+            CheckpointError: if it cannot be read, or its weights do not fit.
+            ConfigError: if it names an unknown class, or an option is neither known nor a field.
         """
-        file = Path(path) / CONFIG_NAME
-        if not file.is_file():
-            raise CheckpointError(f"{file}: there is no such file, so {path} is no model folder.{_found_beside(file)}")
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise CheckpointError(f"{file} is no JSON ({error}). Restore it from a backup, or save again.") from error
+        return from_pretrained(None, name, **options)
+
+
+def read_blueprint(path: Path, model_class: type[BaseModel] | None = None) -> Blueprint:
+    """Read what a checkpoint says about its model.
+
+    Args:
+        path: a file or folder.
+        model_class: the class to build. Default: the one the checkpoint names.
+
+    Returns:
+        Class and configuration.
+
+    Raises:
+        CheckpointError: if there is no configuration, or it names no class.
+        ConfigError: if it names an unknown one.
+    """
+    kind = find_format(path)
+    if kind == "hf":
+        values = read_json(path / "config.json")
+        model_class, key_map = find_key_map(values, model_class)
+        return Blueprint(kind, values, model_class, import_config(model_class, key_map, values), key_map)
+    file = find_config(path)
+    if file is None:
+        raise CheckpointError(
+            f"{path} comes without {CONFIG_NAME}, so its architecture is unknown.{found_beside(path / CONFIG_NAME)} "
+            "Write one, or build the model and use load_checkpoint(model, path)."
+        )
+    values = migrate_native(read_json(file), str(file)) if kind == "native" else read_json(file)
+    if model_class is None:
         if "model_class" not in values:
             raise CheckpointError(f'{file} names no model_class. Add it, for example "model_class": "GPT2Model".')
         model_class = find_model(values["model_class"])
-        model = model_class(model_class.config_class.from_dict(values).replace(**config_overrides))
-        load_checkpoint(model, path)
-        return model.eval()
+    fields_ = {key: value for key, value in values.items() if key not in FORMAT_KEYS}
+    for key, value in fields_.items():  # SAT's rule: such a path is relative to the folder
+        if key.endswith("_path") and isinstance(value, str):
+            fields_[key] = os.path.join(file.parent, value)
+    return Blueprint(
+        kind, values, model_class, model_class.config_class.from_dict(fields_).replace(model_parallel_size=1)
+    )
 
 
-@contextmanager
-def _written_whole(target: Path) -> Iterator[Path]:
-    """Write to a temporary name in the same folder, and rename it once all is written."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _build(plan: Blueprint, what: str) -> BaseModel:
+    model = plan.model_class(plan.config)
+    if plan.kind == "native" and plan.values.get("model_class") == plan.model_class.__name__:
+        rebuild_mixins(model, plan.values, what)
+    if plan.key_map is not None:
+        for name in plan.key_map.without:
+            if name in model.mixins:
+                model.del_mixin(name)
+        for name, make in plan.key_map.adds.items():
+            if name not in model.mixins:
+                model.add_mixin(name, make(model.config))
+    return model
 
 
-def _found_beside(file: Path) -> str:
-    folder = file.parent if file.parent.is_dir() else file.parent.parent
-    names = sorted(path.name for path in folder.iterdir())[:8] if folder.is_dir() else []
-    wanted = file.name if file.parent.is_dir() else file.parent.name
-    return f" {folder} holds {', '.join(names) or 'nothing'}.{nearest(wanted, names)}"
+def _build_empty(plan: Blueprint, what: str) -> BaseModel:
+    """Build without drawing initial values: every parameter is about to be read."""
+    with _NoRandomFill():
+        return _build(plan, what)
 
 
-def _some(names: list[str]) -> str:
-    return "nothing" if not names else ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+class _NoRandomFill(TorchFunctionMode):
+    """Leaves parameters as they were allocated where an initialiser would fill them at random."""
+
+    _FILLS = frozenset({
+        torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.exponential_, torch.Tensor.bernoulli_,
+        torch.nn.init.normal_, torch.nn.init.uniform_, torch.nn.init.trunc_normal_, torch.nn.init.xavier_normal_,
+        torch.nn.init.xavier_uniform_, torch.nn.init.kaiming_normal_, torch.nn.init.kaiming_uniform_,
+        torch.nn.init.orthogonal_,
+    })  # fmt: skip
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        target = args[0] if args else kwargs.get("tensor")
+        if func in self._FILLS and isinstance(target, nn.Parameter):
+            return target
+        return func(*args, **kwargs)

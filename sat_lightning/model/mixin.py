@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -31,9 +31,17 @@ class BaseMixin(nn.Module):
     """
 
     transformer: Transformer
+    #: What the mixin was built with, (args, kwargs), so that a folder can say how to build it again.
+    init_arguments: tuple[tuple[Any, ...], dict[str, Any]]
     non_conflict = staticmethod(hooks.non_conflict)
     replaceable = staticmethod(hooks.replaceable)
     replacable = staticmethod(hooks.replacable)
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> BaseMixin:
+        """Note the arguments; a class need not."""
+        mixin = super().__new__(cls)
+        object.__setattr__(mixin, "init_arguments", (args, kwargs))
+        return mixin
 
     def reinit(self, parent_model: BaseModel | None = None) -> None:
         """Set initial values that depend on trained modules, once those are loaded.

@@ -1,0 +1,147 @@
+"""Opens a checkpoint of any format, and loads it into a model that stands."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from sat_lightning.checkpoint.files import found_beside, open_tensors, open_weights, read_json
+from sat_lightning.checkpoint.fitting import Incoming, fit
+from sat_lightning.checkpoint.huggingface import RECORD, find_key_map, is_tied, open_huggingface
+from sat_lightning.checkpoint.keymap import plan_import
+from sat_lightning.checkpoint.migrate import migrate_sat
+from sat_lightning.checkpoint.report import LoadReport, Tolerance
+from sat_lightning.checkpoint.sat import CONFIG_NAME, is_sat_folder, open_sat
+from sat_lightning.errors import CheckpointError
+from sat_lightning.model import BaseModel
+
+Format = Literal["native", "sat", "hf"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where tensors are read, and how old files are understood.
+
+    Args:
+        path: a file or a folder.
+        step: of a SAT run. Default: the one `latest` names.
+        prefix: reads only names that begin so, without it ("encoder.").
+        mixin_names: names of mixins that an old SAT file numbers: `{0: "extra_position_embedding"}`.
+        interleaved_qkv: a ChatGLM-6B file of SAT before v0.4.1.
+    """
+
+    path: Path
+    step: int | str | None = None
+    prefix: str = ""
+    mixin_names: Mapping[int | str, str] | None = None
+    interleaved_qkv: bool = False
+
+
+def find_format(path: Path) -> Format:
+    """Tell what wrote a file or folder.
+
+    Raises:
+        CheckpointError: if there is none, or it is no checkpoint; the message lists what is near.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path}: there is no such file or folder.{found_beside(path)}")
+    if path.is_file():
+        return "sat" if path.suffix in (".pt", ".pth", ".bin") else "native"
+    has_weights = any(path.glob("model.safetensors*")) or any(path.glob("pytorch_model.bin*"))
+    if (path / CONFIG_NAME).is_file():
+        return "native" if has_weights or not is_sat_folder(path) else "sat"
+    if (path / "config.json").is_file():
+        return "hf"
+    if is_sat_folder(path):
+        return "sat"
+    if has_weights:
+        return "native"
+    inside = sorted(config.parent.name for name in (CONFIG_NAME, "config.json") for config in path.glob(f"*/{name}"))
+    hint = f" Folders in it that are: {', '.join(inside)}." if inside else found_beside(path / CONFIG_NAME)
+    raise CheckpointError(
+        f"{path} is no model folder: it has neither {CONFIG_NAME}, nor config.json, nor SAT's 'latest'.{hint}"
+    )
+
+
+def load_checkpoint(
+    model: BaseModel,
+    path: str | os.PathLike[str],
+    strict: bool = True,
+    *,
+    may_miss: tuple[str, ...] = (),
+    may_mismatch: tuple[str, ...] = (),
+    ignore: tuple[str, ...] = (),
+    reinit: bool | tuple[str, ...] = (),
+    **reading: Any,
+) -> LoadReport:
+    """Load a checkpoint of any format into a model that stands, mixins and all.
+
+    Args:
+        model: receives the weights, in its own dtype and on its own device.
+        path: a native, SAT or Hugging Face folder, or a file of weights.
+        strict: whether any difference that is not allowed below is an error.
+        may_miss: names of the model, with `*`, that the checkpoint may lack: they keep their values.
+        may_mismatch: names, with `*`, that may have another shape there: they keep their values.
+        ignore: names of the checkpoint, with `*`, that the model may lack.
+        reinit: mixins (True: all) that the checkpoint may lack: their `reinit` is called.
+        **reading: fields of `Source`: step, prefix, mixin_names, interleaved_qkv.
+
+    Returns:
+        What was loaded and what was not.
+
+    Raises:
+        CheckpointError: if there is nothing to read, or it does not fit; the model is then as it was.
+    """
+    tolerance = Tolerance(strict, may_miss, may_mismatch, ignore, reinit)
+    incoming = open_incoming(Source(Path(path), **reading), model, tolerance)
+    return fit(model, incoming, tolerance, what=str(path))
+
+
+def open_incoming(source: Source, model: BaseModel, tolerance: Tolerance) -> Incoming:
+    """Open the tensors that a source has for a model."""
+    path, kind = source.path, find_format(source.path)
+    own = model.state_dict()
+    if kind == "hf":
+        return _open_hf(path, model, own, tolerance)
+    if kind == "sat":
+        tensors = open_sat(path, model.config, type(model).__name__, source.step)
+    elif path.is_file():
+        tensors = open_tensors(path)
+    else:
+        found = open_weights(path)
+        if found is None:
+            raise CheckpointError(f"{path} has no model.safetensors.{found_beside(path / 'model.safetensors')}")
+        tensors = found[0]
+    tensors, notes = migrate_sat(
+        tensors,
+        own,
+        model.config,
+        mixin_names=source.mixin_names,
+        interleaved_qkv=source.interleaved_qkv,
+        prefix=source.prefix,
+        what=str(path),
+    )
+    return Incoming(tensors.keys(), lambda: iter(tensors.items()), notes=notes)
+
+
+def _open_hf(path: Path, model: BaseModel, own: Mapping[str, Tensor], tolerance: Tolerance) -> Incoming:
+    values = read_json(path / "config.json")
+    _, key_map = find_key_map(values, type(model))
+    tensors = open_huggingface(path)
+    plan = plan_import(
+        key_map, tensors.keys(), model.config, own.keys(), what=str(path), is_tied=is_tied(values, key_map),
+        ignore=tolerance.ignore, strict=False,
+    )  # fmt: skip
+
+    def read() -> Iterator[tuple[str, Tensor]]:
+        yield from plan.read(tensors, str(path))
+        if RECORD in model.config.extra:
+            model.config.extra[RECORD]["layout"] = plan.layout
+
+    names = [name for group in plan.groups for name in group.ours]
+    return Incoming(names, read, plan.unread, key_map.derived)

@@ -1,0 +1,76 @@
+"""A checkpoint of another vocabulary or sequence length in a model: only on request, and by a rule that is named."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sat_lightning.config import TransformerConfig
+
+VocabularyFill = Literal["mean", "zeros", "initial"]
+PositionFill = Literal["interpolate", "repeat", "initial"]
+
+
+@dataclass(frozen=True)
+class Resize:
+    """How tensors of one size become tensors of another; without a request they do not.
+
+    Args:
+        before: the configuration of the checkpoint.
+        after: the configuration of the model.
+        vocab: what new rows of embeddings and heads are: the "mean" of the others (Hewitt 2021, "Initializing New Word
+            Embeddings for Pretrained Language Models"), "zeros", or what the model was built with, "initial". A smaller
+            vocabulary drops the last rows.
+        positions: what a longer position table is: the old one stretched ("interpolate", linear), "repeat"ed, or
+            continued with what the model was built with, "initial". A shorter one drops the last rows.
+    """
+
+    before: TransformerConfig
+    after: TransformerConfig
+    vocab: VocabularyFill | None = None
+    positions: PositionFill | None = None
+
+    @property
+    def needs_initial_values(self) -> bool:
+        """Whether rows of the freshly built model are kept."""
+        return "initial" in (self.vocab, self.positions)
+
+    def apply(self, name: str, tensor: Tensor, own: Tensor) -> Tensor:
+        """Return the tensor in the shape of `own` if a request covers the difference, else as it is."""
+        differing = [dim for dim, (a, b) in enumerate(zip(tensor.shape, own.shape, strict=False)) if a != b]
+        if tensor.dim() != own.dim() or differing != [0]:
+            return tensor
+        sizes = (tensor.shape[0], own.shape[0])
+        is_position = "position_embeddings" in name
+        if self.vocab and not is_position and sizes == (self.before.vocab_size, self.after.vocab_size):
+            return _extend(tensor, own, self.vocab)
+        if self.positions and is_position:
+            return _extend(tensor, own, self.positions)
+        return tensor
+
+
+def _extend(tensor: Tensor, own: Tensor, rule: str) -> Tensor:
+    size, wanted = tensor.shape[0], own.shape[0]
+    if wanted <= size:
+        return tensor[:wanted].contiguous()
+    if rule == "interpolate":
+        rows = torch.nn.functional.interpolate(tensor.float().T[None], size=wanted, mode="linear", align_corners=True)
+        return rows[0].T.to(tensor.dtype).contiguous()
+    if rule == "repeat":
+        return tensor[torch.arange(wanted) % size]
+    added = (
+        own[size:].detach().to(tensor.dtype)
+        if rule == "initial"
+        else tensor.new_zeros(wanted - size, *tensor.shape[1:])
+    )
+    if rule == "mean":
+        added += tensor.float().mean(0).to(tensor.dtype)
+    return torch.cat([tensor, added])
+
+
+def round_up(vocab_size: int, multiple: int) -> int:
+    """Return the smallest multiple that holds a vocabulary (SAT's `make_vocab_size_divisible_by`)."""
+    return -(-vocab_size // multiple) * multiple
