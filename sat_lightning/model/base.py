@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import os
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +17,7 @@ from sat_lightning.errors import ConfigError, HookError, InputError, nearest
 from sat_lightning.hooks import RESERVED, HookTable, explain, resolve_hooks
 from sat_lightning.model.keymap import KeyMap
 from sat_lightning.model.mixin import BaseMixin
-from sat_lightning.model.persistence import persistence
+from sat_lightning.model.persistence import Persistent
 from sat_lightning.nn.linear import Embedding
 from sat_lightning.nn.masks import MaskLike
 from sat_lightning.nn.transformer import Transformer
@@ -34,7 +33,7 @@ class _Omitted:
 OMITTED: Any = _Omitted()
 
 
-class BaseModel(nn.Module):
+class BaseModel(Persistent, nn.Module):
     """A backbone and the mixins that change it.
 
     Args:
@@ -66,8 +65,6 @@ class BaseModel(nn.Module):
     default_mask: ClassVar[MaskLike] = None
     #: What Hugging Face calls the tensors of this family, one table for each kind of file.
     key_maps: ClassVar[tuple[KeyMap, ...]] = ()
-    #: What `from_pretrained` loaded and what it did not; None for a model that was built otherwise.
-    load_report: Any = None
     hooks: HookTable
 
     def __init__(
@@ -206,33 +203,6 @@ class BaseModel(nn.Module):
         """Call `reinit` of the named mixins, or of all."""
         for name in self.mixins if mixin_names is None else mixin_names:
             self.get_mixin(name).reinit(self)
-
-    @classmethod
-    def from_pretrained(cls, name: str | os.PathLike[str], **options: Any) -> BaseModel:
-        """Build this class with the architecture of a checkpoint, and load its weights.
-
-        Args:
-            name: a folder (native, SAT's or Hugging Face's) or file, a known name, `hf://organisation/name`, or a URL.
-            **options: fields of the configuration to change, and:
-                build_only: build without reading weights.
-                dtype: of the parameters; "auto" is the file's. Default: torch's.
-                strict, may_miss, may_mismatch, ignore, reinit: what may differ, see `checkpoint.load_checkpoint`.
-                step, prefix, mixin_names, interleaved_qkv: what to read, see `checkpoint.loading.Source`.
-                resize_vocab, resize_positions, make_vocab_size_divisible_by: see `checkpoint.resize.Resize`.
-                home, url, offline: where to find it, see `checkpoint.hub.locate`.
-
-        Returns:
-            The model, in evaluation mode; `model.load_report` says what was loaded.
-
-        Raises:
-            CheckpointError: if it cannot be read, or its weights do not fit.
-            ConfigError: if an option is neither of these nor a field.
-        """
-        return persistence().from_pretrained(cls, name, **options)
-
-    def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> None:
-        """Write a folder that `from_pretrained` reads, added mixins included; see `checkpoint.save_pretrained`."""
-        persistence().save_pretrained(self, folder, **options)
 
     def _resolve(self) -> None:
         object.__setattr__(self, "hooks", resolve_hooks(self.transformer, self, dict(self.mixins.items())))

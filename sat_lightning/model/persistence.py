@@ -9,12 +9,10 @@ that package everything but saving and loading works.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any, Protocol
+import os
+from typing import Any, Protocol
 
 from sat_lightning.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from sat_lightning.model.base import BaseModel
 
 PROVIDER = "sat_lightning.checkpoint"
 
@@ -22,10 +20,10 @@ PROVIDER = "sat_lightning.checkpoint"
 class Persistence(Protocol):
     """Saves and loads models."""
 
-    def from_pretrained(self, model_class: type[BaseModel], name: Any, **options: Any) -> BaseModel:
+    def from_pretrained(self, model_class: Any, name: Any, **options: Any) -> Any:
         """Build a class from a checkpoint and load it."""
 
-    def save_pretrained(self, model: BaseModel, folder: Any, **options: Any) -> None:
+    def save_pretrained(self, model: Any, folder: Any, **options: Any) -> None:
         """Write a model folder."""
 
 
@@ -51,3 +49,37 @@ def persistence() -> Persistence:
                 f"Nothing here saves or loads models: {error}. Reinstall sat_lightning whole."
             ) from error
     return _slot[0]
+
+
+class Persistent:
+    """The methods of a model that read and write checkpoints."""
+
+    #: What `from_pretrained` loaded and what it did not; None for a model that was built otherwise.
+    load_report: Any = None
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], **options: Any) -> Any:
+        """Build this class with the architecture of a checkpoint, and load its weights.
+
+        Args:
+            name: a folder (native, SAT's or Hugging Face's) or file, a known name, `hf://organisation/name`, or a URL.
+            **options: fields of the configuration to change, and:
+                build_only: build without reading weights.
+                dtype: of the parameters; "auto" is the file's. Default: torch's.
+                strict, may_miss, may_mismatch, ignore, reinit: what may differ, see `checkpoint.load_checkpoint`.
+                step, prefix, mixin_names, interleaved_qkv: what to read, see `checkpoint.loading.Source`.
+                resize_vocab, resize_positions, make_vocab_size_divisible_by: see `checkpoint.resize.Resize`.
+                home, url, offline: where to find it, see `checkpoint.hub.locate`.
+
+        Returns:
+            The model, in evaluation mode; `model.load_report` says what was loaded.
+
+        Raises:
+            CheckpointError: if it cannot be read, or its weights do not fit.
+            ConfigError: if an option is neither of these nor a field.
+        """
+        return persistence().from_pretrained(cls, name, **options)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> None:
+        """Write a folder that `from_pretrained` reads, added mixins included; see `checkpoint.save_pretrained`."""
+        persistence().save_pretrained(self, folder, **options)
