@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from sat_lightning.errors import CheckpointError, ConfigError
-from sat_lightning.training import EMA, OptimConfig
+from sat_lightning.training import EMA, OptimConfig, SkipNonFinite
 from tests.training_examples import ScaleMixin, counting_loader, counting_rows, make_task, make_trainer
 
 FAST = OptimConfig(learning_rate=0.02, schedule="constant")
@@ -112,6 +112,26 @@ def test_a_batch_without_a_step_leaves_the_average_alone() -> None:
     trainer = make_trainer(4, callbacks=ema)
     trainer.fit(task, counting_loader())
     assert trainer.global_step == 4 and trainer.fit_loop.total_batch_idx >= 6 and ema.num_updates == 4
+
+
+def test_a_batch_that_the_guard_leaves_out_does_not_count() -> None:
+    task = make_task(optim=FAST)
+    forward_step = task.forward_step
+    calls = []
+
+    def forward_with_nan(batch):
+        calls.append(len(calls))
+        loss = forward_step(batch)
+        return loss * float("nan") if calls[-1] in (1, 3) else loss
+
+    task.forward_step = forward_with_nan
+    ema, reference = EMA(decay=0.5), Reference(0.5, True)
+    trainer = make_trainer(4, callbacks=[SkipNonFinite(max_fraction=1.0), ema, reference])
+    with pytest.warns(UserWarning):
+        trainer.fit(task, counting_loader())
+    assert len(calls) == 6 and trainer.global_step == ema.num_updates == 4
+    averages = ema.ema_state_dict(trainer)
+    assert close(averages, reference.averages) and all(value.isfinite().all() for value in averages.values())
 
 
 def test_every_n_steps_decays_as_much() -> None:

@@ -1,0 +1,69 @@
+"""`EMA` in two real processes, each of which averages what its optimizer updates."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from sat_lightning.training import EMA
+from tests.ema_worker import CASES, NUM_STEPS
+from tests.training_examples import counting_loader, make_trainer
+from tests.zero_cases import FAMILIES, Case
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.timeout(1200)  # two processes on a busy machine
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ema")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
+    command = [sys.executable, "-m", "tests.ema_worker", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+def results(folder: Path, case: Case) -> list[dict[str, Any]]:
+    found = [json.loads((folder / f"results_{rank}.json").read_text())[str(case)] for rank in (0, 1)]
+    assert not [result["error"] for result in found if "error" in result]
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_each_rank_averages_its_part_and_all_is_as_on_one(folder: Path, case: Case) -> None:
+    ranks = results(folder, case)
+    first, second = ranks
+    is_split = case.strategy not in ("ddp", "zero_0")
+    assert [rank["elements"] for rank in ranks] == [first["all_elements"] // (2 if is_split else 1)] * 2
+    for rank in ranks:
+        assert rank["num_updates"] == rank["resumed_updates"] == NUM_STEPS
+        # The last bit of bf16 may go either way, where the two averages differ in the last of fp32.
+        assert rank["while_evaluating"] <= (1e-2 if case.precision == "bf16-mixed" else 1e-6)
+        assert rank["num_evaluated"] > 2 and len(rank["is_put_back"]) > 1 and all(rank["is_put_back"])
+        assert rank.get("trains_alike", True) and rank["resumes_exactly"] and rank["moves_on"]
+    assert first["export"] <= 1e-6 and first["dtypes"] == ["torch.float32"] and second["others_are_empty"]
+
+
+def test_checkpoint_of_two_ranks_goes_on_with_one(folder: Path) -> None:
+    case = next(case for case in CASES if case.strategy == "ddp")
+    results(folder, case)
+
+    class Start(L.Callback):
+        def on_train_start(self, trainer, pl_module) -> None:
+            self.averages = ema.ema_state_dict(trainer)
+
+    ema, start = EMA(), Start()
+    trainer = make_trainer(3, callbacks=[ema, start], gradient_clip_val=0.5)
+    trainer.fit(FAMILIES[case.family](), counting_loader(), ckpt_path=folder / f"{case}.ckpt", weights_only=True)
+    saved = torch.load(folder / f"{case}.averages.pt", weights_only=True)
+    assert saved.keys() == start.averages.keys() and ema.num_updates == 3
+    assert all(torch.equal(saved[name], start.averages[name]) for name in saved)
