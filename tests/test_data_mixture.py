@@ -12,7 +12,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from sat_lightning.data.batches import Place, ShardedBatches
-from sat_lightning.data.corpus import WeightedPath, list_sources, mix
+from sat_lightning.data.corpus import mix
+from sat_lightning.data.entries import WeightedPath, list_sources
 from sat_lightning.data.mixed import MixedRows, OrderedRows
 from sat_lightning.data.mixture import Mixture, Share
 from sat_lightning.data.schedule import Schedule
@@ -309,5 +310,5 @@ def test_bad_mixture_is_refused(sizes: list[int], shares: Any, message: str) -> 
 
 def test_source_that_does_not_tell_its_tokens_is_refused() -> None:
     sources = [WeightedPath(".", name, tokens=1) for name in "ab"]
-    with pytest.raises(DataError, match=r"mixture: PlainRows does not tell how many tokens a row has\. Give"):
+    with pytest.raises(DataError, match=r"data: PlainRows does not tell how many tokens a row has, which shares by"):
         mix(sources, MixedRows([PlainRows(), PlainRows()]), None, seed=0)

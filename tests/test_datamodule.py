@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 
 from sat_lightning.data.batches import ShardedBatches
-from sat_lightning.data.corpus import WeightedPath
+from sat_lightning.data.entries import WeightedPath
 from sat_lightning.data.order import ShardedOrder
 from sat_lightning.errors import DataError
 from sat_lightning.training.datamodule import DataOptions, SATDataModule

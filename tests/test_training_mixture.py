@@ -159,7 +159,7 @@ def test_state_is_a_few_integers_and_changed_data_are_noticed(texts: list[dict[s
     data = data_of(texts)
     make_trainer(7).fit(model_task(), datamodule=data)
     state = data.state_dict()
-    assert state == {"epoch": 0, "position": 35, "epoch_size": data.mixture.epoch_size, "seed": 0}
+    assert state == {"epoch": 0, "position": 35, "epoch_size": data.mixture.epoch_size, "seed": 0, "num_ranks": 1}
     other = data_of(texts, options={"seed": 3})
     with pytest.warns(UserWarning, match=r"since the checkpoint seed was 0 and is 3\. The run continues at sample 35"):
         other.load_state_dict(state)

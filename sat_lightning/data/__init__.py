@@ -27,14 +27,15 @@ from sat_lightning.data import urls as _urls  # noqa: F401
 from sat_lightning.data import webdataset as _webdataset  # noqa: F401
 from sat_lightning.data.batches import Place, ShardedBatches
 from sat_lightning.data.collate import PadCollate, batch_by_tokens, bucket_by_length
-from sat_lightning.data.corpus import WeightedPath
 from sat_lightning.data.documents import DocumentCollate, PackedDocuments, separate_documents
+from sat_lightning.data.entries import WeightedPath
 from sat_lightning.data.mixed import MixedRows
 from sat_lightning.data.mixture import Mixture, Share
 from sat_lightning.data.order import PADDING_ROW, ShardedOrder, permute
 from sat_lightning.data.packing import IGNORED_TARGET, PackedTokens
 from sat_lightning.data.preparation import prepare_store
 from sat_lightning.data.records import Records, open_records
+from sat_lightning.data.rowsamples import SampleOptions
 from sat_lightning.data.samples import BadSampleError
 from sat_lightning.data.sources import Source, SourceOptions, Unfinished, open_source, register_source
 from sat_lightning.data.split import split_spans
@@ -57,6 +58,7 @@ __all__ = [
     "Place",
     "ProcessedRecords",
     "Records",
+    "SampleOptions",
     "ShardStream",
     "Share",
     "ShardedBatches",

@@ -67,11 +67,12 @@ class ShardedBatches(DistributedSampler):
                 "batch_size; of text, a lower sequence_length makes more rows."
             )
 
-    def num_steps(self, position: int = 0) -> int | None:
+    def num_steps(self, position: int = 0, epoch: int = 0) -> int | None:
         """Count the steps of an epoch from a position on.
 
         Args:
             position: samples of the epoch gone through.
+            epoch: which epoch; all are alike here.
 
         Returns:
             Their number; None if an epoch never ends.
@@ -105,7 +106,18 @@ class ShardedBatches(DistributedSampler):
             Positions in the mixture.
         """
         start = self._base(place) + place.position
-        return np.arange(start, start + self._size_at(place.position))
+        return self.arrange(np.arange(start, start + self._size_at(place.position)))
+
+    def arrange(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Find which samples come at places of the order that is trained on: here, that of the mixture.
+
+        Args:
+            slots: places.
+
+        Returns:
+            Positions in the mixture.
+        """
+        return slots
 
     def start_at(self, place: Place, num_steps: int | None = None) -> None:
         """Say where the next iteration starts.
@@ -146,7 +158,7 @@ class ShardedBatches(DistributedSampler):
         for start in range(place.position, place.position + num_steps * self.step_size, self.step_size):
             first, last = self._part(self._size_at(start))
             bounds.append((self._base(place) + start + first, last - first))
-        positions = np.concatenate([np.arange(start, start + size) for start, size in bounds])
+        positions = np.concatenate([self.arrange(np.arange(start, start + size)) for start, size in bounds])
         ids = self.mixture.ids(positions).tolist()
         start = 0
         for _, size in bounds:

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
+from sat_lightning.data.lengths import count_lengths
 from sat_lightning.data.packing import IGNORED_TARGET
 from sat_lightning.data.records import check_index, describe_row
 from sat_lightning.data.samples import BadSampleError
@@ -189,7 +189,8 @@ class PackedDocuments(Dataset[dict[str, Tensor]]):
         self.records = records
         self.name = getattr(records, "name", type(records).__name__)
         self.sequence_length = sequence_length
-        known = _count_lengths(records, self.name) if lengths is None else np.asarray(lengths, dtype=np.int64)
+        measured = count_lengths(records, self.name, None, None) if lengths is None else lengths
+        known = np.asarray(measured, dtype=np.int64)
         if known.size and known.max() > sequence_length and not split:
             index = int(known.argmax())
             raise BadSampleError(
@@ -270,11 +271,3 @@ class DocumentCollate:
         stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         document_ids = stacked.pop("document_ids")
         return _mark(stacked, document_ids, self.mask)
-
-
-def _count_lengths(records: Any, name: str) -> NDArray[np.int64]:  # noqa: ANN401 - Records, or a user's own
-    lengths = np.zeros(len(records), dtype=np.int64)
-    for index in tqdm(range(len(records)), desc=f"measuring {name}", unit="row", unit_scale=True, disable=None):
-        sample = records[index]
-        lengths[index] = 0 if sample is None else len(sample["input_ids"])
-    return lengths

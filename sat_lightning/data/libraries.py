@@ -52,6 +52,10 @@ class ArrowRecords(Dataset[Any]):
         columns = self.dataset[list(indices)]
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
+    def fingerprint(self) -> str:
+        """What identifies the rows, as the library knows it."""
+        return str(self.dataset._fingerprint)
+
 
 @register_source(".parquet", records=True)
 def open_parquet(

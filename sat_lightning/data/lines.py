@@ -121,6 +121,11 @@ class LineRecords(Dataset[Any]):
             num_lines += text[start : min(start + _BLOCK_SIZE, stop)].count(b"\n")
         return f"{self.path}, line {num_lines + 1}"
 
+    def fingerprint(self) -> str:
+        """What identifies the rows: the file as it is now, and how it is read."""
+        settings = {key: value for key, value in self.__dict__.items() if not key.startswith("_")}
+        return f"{identify(self.path)}{sorted(settings.items())}"
+
     def bad(self, index: int, reason: str) -> BadSampleError:
         """An error about a row.
 

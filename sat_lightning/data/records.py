@@ -69,6 +69,11 @@ class ConcatenatedRecords(Dataset[Any]):
         """The place of a row, for messages."""
         return describe_row(*self._locate(index))
 
+    def fingerprint(self) -> str | None:
+        """What identifies the rows, if every source can tell."""
+        parts = [identify_rows(source) for source in self.sources]
+        return None if None in parts else repr(parts)
+
     def _locate(self, index: int) -> tuple[Records, int]:
         check_index(self, index)
         sources, rows = self._rows.locate([index])
@@ -176,6 +181,19 @@ def describe_row(records: Any, index: int) -> str:  # noqa: ANN401 - a user's ow
     """
     where = getattr(records, "where", None)
     return where(index) if where is not None else f"{getattr(records, 'name', type(records).__name__)}, row {index}"
+
+
+def identify_rows(rows: Any) -> str | None:  # noqa: ANN401 - a user's own dataset may be anything
+    """Identify what a source of rows, or a function over them, gives now.
+
+    Args:
+        rows: anything with a `fingerprint()`.
+
+    Returns:
+        Its fingerprint, or None if it has none.
+    """
+    own = getattr(rows, "fingerprint", None)
+    return own() if callable(own) else None
 
 
 def _build_file(file: Path, name: str, options: dict[str, Any]) -> Records:

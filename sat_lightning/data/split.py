@@ -8,8 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from sat_lightning.data.lengths import tells_lengths, token_lengths
 from sat_lightning.data.mixed import Rows, count_tokens, get_rows
 from sat_lightning.data.order import derive_key
+from sat_lightning.data.records import describe_row
 from sat_lightning.data.store import TokenStore
 from sat_lightning.errors import DataError
 
@@ -138,6 +140,25 @@ class RowSpans(Dataset[Any]):
             row: its number.
         """
         return count_tokens(self.rows, self._locate([row])[0])
+
+    def token_lengths(self) -> NDArray[np.integer[Any]]:
+        """Tokens of every row."""
+        lengths, starts = token_lengths(self.rows), self._starts
+        counts = np.diff(self._ends, prepend=0)
+        return np.concatenate([lengths[a : a + n] for a, n in zip(starts.tolist(), counts.tolist(), strict=True)])
+
+    @property
+    def knows_lengths(self) -> bool:
+        """Whether the tokens of a row can be told without reading it."""
+        return tells_lengths(self.rows)
+
+    def where(self, row: int) -> str:
+        """The place of a row, for messages.
+
+        Args:
+            row: its number.
+        """
+        return describe_row(self.rows, self._locate([row])[0])
 
     def __getitem__(self, row: int) -> Any:
         return self.rows[self._locate([row])[0]]

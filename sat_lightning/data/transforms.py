@@ -6,11 +6,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from sat_lightning.data.lengths import count_lengths
 from sat_lightning.data.packing import IGNORED_TARGET
-from sat_lightning.data.records import Records, describe_row, open_records
+from sat_lightning.data.records import Records, describe_row, identify_rows, open_records
+from sat_lightning.data.remote import CacheDir
 from sat_lightning.data.samples import BadSampleError, BadSamples, OnBadSample, process_sample, resolve_process
 from sat_lightning.data.tokenizer import Tokenizer, load_tokenizer
 from sat_lightning.errors import DataError, nearest
@@ -96,6 +99,10 @@ class Tokenize:
         targets = np.where(learned[1:], tokens[1:], IGNORED_TARGET)
         return {"input_ids": torch.from_numpy(tokens[:-1]), "target_ids": torch.from_numpy(targets)}
 
+    def fingerprint(self) -> str:
+        """What identifies the lengths of the samples made."""
+        return repr((self.tokenizer.fingerprint, self.fields, self.max_length, self.too_long, self.add_end))
+
     def _text(self, row: dict[str, Any], field: str) -> str | bytes:
         if field not in row:
             raise BadSampleError(
@@ -122,6 +129,7 @@ class ProcessedRecords(Dataset[Any]):
         on_bad_sample: what happens at a row that cannot be read or processed: `raise`, or `skip`.
         max_bad_fraction: the share of the rows that may be skipped.
         options: of the format, for a path.
+        cache_dir: where the lengths of samples are kept once they were counted.
     """
 
     def __init__(
@@ -131,11 +139,14 @@ class ProcessedRecords(Dataset[Any]):
         on_bad_sample: OnBadSample = "raise",
         max_bad_fraction: float = 0.01,
         options: dict[str, Any] | None = None,
+        cache_dir: CacheDir = None,
     ) -> None:
         self.source = open_records(source, **(options or {})) if isinstance(source, str) else source
         self.name = getattr(self.source, "name", type(self.source).__name__)
         self.process_fn = resolve_process(process_fn)
         self.bad_samples = BadSamples(self.name, on_bad_sample, max_bad_fraction, len(self.source))
+        self.cache_dir = cache_dir
+        self._lengths: NDArray[np.int32] | None = None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -156,12 +167,30 @@ class ProcessedRecords(Dataset[Any]):
 
     def num_tokens(self, index: int) -> int:
         """Tokens of a sample: those of its `input_ids`."""
+        if self._lengths is not None:
+            return int(self._lengths[index])
         sample = self[index]
         return 0 if sample is None else len(sample["input_ids"])
+
+    def token_lengths(self) -> NDArray[np.int32]:
+        """Tokens of every sample, counted in one pass over all of them; of files, that pass is made only once."""
+        if self._lengths is None:
+            parts = (identify_rows(self.source), identify_rows(self.process_fn))
+            key = None if None in parts else f"{parts}{self.bad_samples.policy}"
+            self._lengths = count_lengths(self, self.name, key, self.cache_dir)
+        return self._lengths
+
+    @property
+    def knows_lengths(self) -> bool:
+        """Whether the samples were counted."""
+        return self._lengths is not None
 
     def where(self, index: int) -> str:
         """The place of a row, for messages."""
         return describe_row(self.source, index)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lengths": None}  # a worker needs none
 
     def _process(self, index: int, read: Callable[[], Any]) -> Any:  # noqa: ANN401 - what the function makes of it
         self.bad_samples.count()

@@ -1,21 +1,34 @@
 """`SATDataModule`: paths of text or tokens, or datasets, in; batches out, exactly once, on any number of ranks."""
 
+from collections.abc import Callable
 from dataclasses import fields
 from functools import cached_property
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from sat_lightning.data import ShardedOrder, SourceOptions, Tokenizer, load_tokenizer
+from sat_lightning.data import (
+    DocumentCollate,
+    PadCollate,
+    ShardedOrder,
+    SourceOptions,
+    Tokenizer,
+    WeightedPath,
+    load_tokenizer,
+)
 from sat_lightning.data.batches import ShardedBatches
-from sat_lightning.data.corpus import Reading, list_sources, mean_bytes_per_token, mix, named_paths
-from sat_lightning.data.mixed import MixedRows, OrderedRows, Rows, mean_tokens
+from sat_lightning.data.buckets import BucketedBatches, Buckets, BudgetBatches
+from sat_lightning.data.corpus import Reading, mix
+from sat_lightning.data.entries import list_sources, named_paths
+from sat_lightning.data.mixed import MixedRows, OrderedRows, Rows
 from sat_lightning.data.mixture import Mixture
+from sat_lightning.data.rowsamples import is_of_samples
 from sat_lightning.data.split import parse_split
-from sat_lightning.data.store import TokenStore
 from sat_lightning.errors import DataError
+from sat_lightning.training.datafacts import DataFacts
 from sat_lightning.training.dataoptions import DataOptions
 from sat_lightning.training.progress import DataProgress, TrainingLoader
 
@@ -25,7 +38,7 @@ Batches = DataLoader[Any]
 _DEFAULT_OPTIONS = DataOptions()
 
 
-class SATDataModule(L.LightningDataModule):
+class SATDataModule(DataFacts, L.LightningDataModule):
     """Text or token files, tokenized once, memory-mapped, split, packed, mixed, and sharded over the ranks.
 
     A batch of packed rows is `{"input_ids": [b, s], "target_ids": [b, s]}`, int64; targets are already shifted by one.
@@ -79,11 +92,13 @@ class SATDataModule(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Tokenize what is not in the cache yet; Lightning calls it in one process per node."""
-        reading = self._reading()
+        reading, options = self._reading(), self.options
         held_out = [path for value in (self.validation, self.test) for path in named_paths(value).values()]
-        for path in [*(source.where for source in self.sources), *held_out]:
-            if not isinstance(path, Dataset):
-                reading.open_store(path)
+        for path in held_out:
+            reading.prepare(WeightedPath(path))
+        by_tokens = all(source.tokens is not None for source in self.sources)
+        for source in self.sources:
+            reading.prepare(source, by_tokens or options.bucket_size > 1 or options.max_tokens is not None)
 
     def setup(self, stage: str | None = None) -> None:
         """Map the prepared tokens and cut them into splits.
@@ -109,33 +124,13 @@ class SATDataModule(L.LightningDataModule):
     def _reading(self) -> Reading:
         # Seeds and the like are no part of how files are read, nor of the fingerprint that prepared tokens go by.
         options = SourceOptions(**{field.name: getattr(self.options, field.name) for field in fields(SourceOptions)})
-        return Reading(self.text_tokenizer, self.sequence_length, options, self.options.cache_dir)
+        of_all = (self.text_tokenizer, self.sequence_length)
+        return Reading(*of_all, options, self.options.cache_dir, self.options.samples)
 
     @cached_property
     def text_tokenizer(self) -> Tokenizer:
         """The tokenizer, loaded at first use."""
         return load_tokenizer(self.tokenizer, self.options.end_of_document_token)
-
-    @property
-    def vocab_size(self) -> int:
-        """The `vocab_size` a model needs: the tokenizer's, or for token files what the ids and a named one ask for."""
-        stores = self._stores("train")
-        if not stores or any(store.meta.text_bytes is not None for store in stores):
-            return max(self.text_tokenizer.vocab_size, self.max_token_id + 1)
-        named = 0 if self.tokenizer == "bytes" else self.text_tokenizer.vocab_size
-        return max(self.max_token_id + 1, named)
-
-    @property
-    def max_token_id(self) -> int:
-        """The largest id in any split; 0 if only datasets were given, which do not tell."""
-        return max((store.meta.max_token_id for split in self._opened() for store in self._stores(split)), default=0)
-
-    @property
-    def num_train_tokens(self) -> int:
-        """Targets in the rows of one training epoch; of 1000 rows if epochs never end."""
-        mixture, sources = self.mixture, self._opened()["train"].values()
-        counts = mixture.counts(mixture.epoch_size or 1000)
-        return round(sum(count * mean_tokens(rows) for count, rows in zip(counts, sources, strict=True)))
 
     @cached_property
     def mixture(self) -> Mixture:
@@ -147,52 +142,6 @@ class SATDataModule(L.LightningDataModule):
     def mixed_rows(self) -> MixedRows:
         """The training samples of all sources."""
         return MixedRows(list(self._opened()["train"].values()))
-
-    def set_names(self, split: str) -> list[str]:
-        """Name the sets of a split.
-
-        Args:
-            split: `train`, `validation` or `test`.
-
-        Returns:
-            Names of its sources or sets, in the order of their loaders.
-        """
-        return list(self._opened().get(split, {}))
-
-    def bytes_per_token(self, split: str = "validation", name: str | None = None) -> float | None:
-        """Divide by this to turn bits per token into bits per byte.
-
-        Args:
-            split: `train`, `validation` or `test`.
-            name: one of several sources or sets of it; default all together.
-
-        Returns:
-            UTF-8 bytes of text per token of the corpus the split was taken from, end-of-document ids counted as tokens
-            (hence just below 1 for bytes); None for token files and datasets, which do not tell.
-        """
-        return mean_bytes_per_token(self._named_rows(split), name)
-
-    def check_model(self, vocab_size: int, max_sequence_length: int) -> None:
-        """Refuse a model that the data does not fit, before the first step.
-
-        Args:
-            vocab_size: the model's.
-            max_sequence_length: the model's.
-
-        Raises:
-            DataError: an id is outside the vocabulary, or rows are longer than the model reads.
-        """
-        if self.max_token_id >= vocab_size:
-            raise DataError(
-                f"data: token id {self.max_token_id} is outside the model's vocabulary of {vocab_size} (path "
-                f"{self.path!r}, tokenizer {self.tokenizer!r}). Set the model's vocab_size to {self.vocab_size}."
-            )
-        if self.sequence_length > max_sequence_length and self._stores("train"):
-            raise DataError(
-                f"data: sequence_length={self.sequence_length} is longer than the model's "
-                f"max_sequence_length={max_sequence_length}. Set data.sequence_length to at most "
-                f"{max_sequence_length}, or the model's max_sequence_length to at least {self.sequence_length}."
-            )
 
     def rows(self, split: str) -> Any:  # noqa: ANN401 - the user's own dataset, if one was given
         """The dataset of a split.
@@ -234,11 +183,8 @@ class SATDataModule(L.LightningDataModule):
         if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
             # Lightning turns shuffling off by reading rows in their order: let that be the order of training.
             ordered = OrderedRows(rows, mixture, length=1000 * self.batch_size)
-            return DataLoader(ordered, batch_size=self.batch_size, **self._settings())
-        rank, num_ranks = self._rank_and_size()
-        drop_last = self.options.drop_last
-        batches = ShardedBatches(mixture, self.batch_size, num_replicas=num_ranks, rank=rank, drop_last=drop_last)
-        return TrainingLoader(rows, batches, self.progress, **self._settings())
+            return DataLoader(ordered, batch_size=self._num_rows, **self._settings())
+        return TrainingLoader(rows, self._batches(), self.progress, **self._settings())
 
     def val_dataloader(self) -> Batches | list[Batches]:
         """Every validation row once.
@@ -269,30 +215,45 @@ class SATDataModule(L.LightningDataModule):
         loaders: list[Batches] = []
         for rows in self._named_rows(split).values():
             order = ShardedOrder(len(rows), num_replicas=num_ranks, rank=rank)
-            loaders.append(DataLoader(MixedRows([rows]), batch_size=self.batch_size, sampler=order, **self._settings()))
+            loaders.append(DataLoader(MixedRows([rows]), batch_size=self._num_rows, sampler=order, **self._settings()))
         return loaders[0] if len(loaders) == 1 else loaders
+
+    def _batches(self) -> ShardedBatches:
+        """Who takes which samples in training."""
+        options, mixture, collate = self.options, self.mixture, self._collate
+        rank, num_ranks = self._rank_and_size()
+        ranks = {"num_replicas": num_ranks, "rank": rank}
+        if options.bucket_size <= 1 and options.max_tokens is None:
+            return ShardedBatches(mixture, self.batch_size, drop_last=options.drop_last, **ranks)
+        length, rows = getattr(collate, "length", 0), self.mixed_rows
+        least = length if isinstance(length, int) else 0  # what everything is padded to
+        buckets = Buckets(mixture, lambda ids: np.maximum(rows.lengths_of(ids), least), options.bucket_size)
+        if options.max_tokens is None:
+            return BucketedBatches(buckets, self.batch_size, drop_last=options.drop_last, **ranks)
+        multiple: int = getattr(collate, "multiple_of", 1)
+        return BudgetBatches(buckets, options.max_tokens, batch_size=self.batch_size, multiple_of=multiple, **ranks)
+
+    @property
+    def _num_rows(self) -> int:
+        """Rows of a batch in evaluation, where they are not counted by their tokens."""
+        most = self.options.max_tokens
+        return self.batch_size if most is None else max(1, most // self.sequence_length)
+
+    @property
+    def _collate(self) -> Callable[[list[Any]], Any] | None:
+        samples = self.options.samples
+        if self.options.collate is not None or not is_of_samples(self.sources, samples):
+            return self.options.collate
+        return DocumentCollate() if samples is not None and samples.pack else PadCollate()
 
     def _settings(self) -> dict[str, Any]:
         is_on_cuda = self.trainer.strategy.root_device.type == "cuda" if self.trainer else torch.cuda.is_available()
         workers = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
-        return {**workers, "pin_memory": is_on_cuda, "collate_fn": self.options.collate}
+        return {**workers, "pin_memory": is_on_cuda, "collate_fn": self._collate}
 
     def _opened(self) -> dict[str, dict[str, Rows]]:
         self.setup()
         return self._splits
-
-    def _named_rows(self, split: str) -> dict[str, Rows]:
-        splits = self._opened()
-        if split not in splits:
-            raise DataError(
-                f"data: there is no {split} split, only {', '.join(splits)}. Set data.{split} to a fraction of "
-                "the tokens or to a path."
-            )
-        return splits[split]
-
-    def _stores(self, split: str) -> list[TokenStore]:
-        stores = (getattr(rows, "store", None) for rows in self._named_rows(split).values())
-        return [store for store in stores if isinstance(store, TokenStore)]
 
     def _rank_and_size(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)

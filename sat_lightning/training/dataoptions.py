@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from sat_lightning.data.mixture import Stop
+from sat_lightning.data.rowsamples import SampleOptions
 from sat_lightning.data.sources import SourceOptions
+from sat_lightning.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,22 @@ class DataOptions(SourceOptions):
     """Where an epoch of a mixture ends, see `Mixture`."""
     batch_from_same_source: bool = False
     """Each rank's batch is of one source."""
+    samples: SampleOptions | None = None
+    """Every row of a file is a sample of its own, made like this; by default text runs together into rows."""
+    bucket_size: int = 0
+    """So many samples that follow each other are ordered by length, so that batches hold alike ones; 0 for none."""
+    max_tokens: int | None = None
+    """A rank's training batch is as many samples as fit this many tokens, padding counted, instead of `batch_size`."""
     collate: Callable[[list[Any]], Any] | None = None
-    """Makes a batch of samples, for datasets of one's own, for instance `PadCollate`; default PyTorch's."""
+    """Makes a batch of samples; default PyTorch's, for `samples` `PadCollate()`, packed `DocumentCollate()`."""
     drop_last: bool = False
     """Leave out the shorter last step of a training epoch, for batches that are all of one shape."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("bucket_size", self.bucket_size), ("max_tokens", self.max_tokens)):
+            if value is not None and value < (name == "max_tokens"):
+                raise DataError(f"data: {name} is {value}. Set it to at least {int(name == 'max_tokens')}.")
+        if self.max_tokens is not None and self.drop_last:
+            raise DataError(
+                "data: drop_last leaves out a shorter last step, and with max_tokens steps are of any size. Set one."
+            )

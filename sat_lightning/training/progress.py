@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from sat_lightning.data.batches import Place, ShardedBatches
+from sat_lightning.data.buckets import BudgetBatches
 from sat_lightning.data.mixed import MixedRows
 from sat_lightning.data.mixture import Mixture
 
@@ -28,6 +29,7 @@ class DataProgress:
         self._batches: ShardedBatches | None = None
         self._first_batch = 0
         self._is_restored = False
+        self._num_ranks_saved = 0
 
     def attach(self, trainer: L.Trainer) -> None:
         """Begin a run; a second run of the same trainer goes on where the first one stopped.
@@ -93,7 +95,8 @@ class DataProgress:
         Returns:
             A few integers, the same on every rank.
         """
-        return {**self.now()._asdict(), "epoch_size": mixture.epoch_size or 0, "seed": mixture.seed}
+        about = {"epoch_size": mixture.epoch_size or 0, "seed": mixture.seed, "num_ranks": self._num_ranks()}
+        return {**self.now()._asdict(), **about}
 
     def load_state_dict(self, state_dict: dict[str, int], mixture: Mixture) -> None:
         """Continue where a checkpoint was taken.
@@ -103,7 +106,7 @@ class DataProgress:
             mixture: what is trained on now.
         """
         self.place = Place(state_dict["epoch"], state_dict["position"])
-        self._batches, self._is_restored = None, True
+        self._batches, self._is_restored, self._num_ranks_saved = None, True, state_dict.get("num_ranks", 0)
         now = {"epoch_size": mixture.epoch_size or 0, "seed": mixture.seed}
         if changed := [
             f"{name} was {state_dict[name]} and is {now[name]}" for name in now if state_dict[name] != now[name]
@@ -127,7 +130,10 @@ class DataProgress:
         batches = getattr(loader, "batch_sampler", None)
         if not isinstance(batches, ShardedBatches):
             return
-        left, before = batches.num_steps(self.place.position), done.current.processed
+        # Steps by token budget need not end with the data's epoch: on as many ranks, the trainer's own count is right.
+        is_own_count = isinstance(batches, BudgetBatches) and self._num_ranks() == self._num_ranks_saved
+        left = None if is_own_count else batches.num_steps(self.place.position, self.place.epoch)
+        before = done.current.processed
         if _is_epoch_complete(trainer):
             target = int(min(trainer.num_training_batches, len(batches))) if left is not None else before
         elif left is None:
@@ -138,6 +144,9 @@ class DataProgress:
             for name in ("ready", "started", "processed", "completed"):
                 setattr(count, name, max(0, getattr(count, name) + target - before))
         self._first_batch = done.total.processed
+
+    def _num_ranks(self) -> int:
+        return 1 if self._trainer is None else self._trainer.world_size
 
     def _num_trained(self) -> int:
         """Count the batches trained on since the iteration began."""

@@ -9,9 +9,10 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
 from sat_lightning.data.batches import Place
-from sat_lightning.data.mixed import MixedRows, count_tokens, mean_tokens
+from sat_lightning.data.lengths import tells_lengths
+from sat_lightning.data.mixed import MixedRows, count_tokens, estimate_tokens
 from sat_lightning.data.mixture import Mixture
-from sat_lightning.errors import ConfigError, DataError
+from sat_lightning.errors import ConfigError
 from sat_lightning.training.runs import is_logging_step, is_trial, run_folder, write_whole
 
 COLUMNS = (
@@ -25,7 +26,8 @@ class MixtureMonitor(L.Callback):
 
     Logged are `mixture_samples/<source>`, `mixture_tokens/<source>` (shares so far, over all ranks) and
     `mixture_epochs/<source>`, every `log_every_n_steps`; written is `mixture.csv` in the run's folder. The counts go on
-    in a resumed run. Tokens are left out if a source does not tell them.
+    in a resumed run. Tokens are left out if a source does not tell them, or only by reading all of its samples, which
+    is not done for this alone: a share by `tokens`, `bucket_size` or `max_tokens` has them counted.
 
     Args:
         file_name: of the table.
@@ -58,10 +60,10 @@ class MixtureMonitor(L.Callback):
             self._counts = np.zeros((2, len(self._rows.sources)), dtype=np.int64)
         self._pending = np.zeros_like(self._counts)
         self._place = datamodule.progress.now()
-        try:
-            self._means: list[float] | None = [mean_tokens(source) for source in self._rows.sources]
-        except DataError:
-            self._means = None
+        # Samples that nobody has counted yet would all have to be read for this.
+        is_known = all(tells_lengths(source) for source in self._rows.sources)
+        exact = self._mixture.mean_tokens
+        self._means = exact or ([estimate_tokens(source) for source in self._rows.sources] if is_known else None)
 
     def on_train_batch_end(
         self,

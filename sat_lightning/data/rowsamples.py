@@ -1,0 +1,137 @@
+"""Rows of files as samples of their own, rather than text that runs together: opened, and packed if asked for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch.utils.data import Dataset
+
+from sat_lightning.data.documents import PackedDocuments
+from sat_lightning.data.entries import WeightedPath
+from sat_lightning.data.lengths import token_lengths
+from sat_lightning.data.mixed import Rows
+from sat_lightning.data.records import open_records
+from sat_lightning.data.samples import OnBadSample
+from sat_lightning.data.tokenizer import Tokenizer
+from sat_lightning.data.transforms import ProcessedRecords, Tokenize
+from sat_lightning.errors import DataError
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """How a row of a file becomes a sample: its fields tokenized, one after the other, then padded or packed."""
+
+    fields: list[str] = field(default_factory=lambda: ["text"])
+    """Fields of text of a row, in order; a source's own `process_fn` takes the place of tokenizing them."""
+    learned: list[str] | None = None
+    """Those whose tokens are targets, for instance the answer but not the prompt; default all."""
+    add_end: bool = True
+    """Close each sample with the end-of-document id."""
+    too_long: Literal["raise", "truncate", "split"] = "raise"
+    """What becomes of more tokens than `sequence_length`: an error, their end cut off, or (packed) several pieces."""
+    pack: bool = False
+    """Put several samples into a row of `sequence_length`; attention does not cross from one to the next."""
+    on_bad_sample: OnBadSample = "raise"
+    """What happens at a row that cannot be read or tokenized: `raise`, or `skip`, which leaves it out and counts it."""
+    max_bad_fraction: float = 0.01
+    """The share of the rows that may be skipped."""
+
+    def __post_init__(self) -> None:
+        if self.too_long == "split" and not self.pack:
+            raise DataError("data: samples.too_long is split, which needs samples.pack. Set pack: true, or truncate.")
+
+
+@dataclass(frozen=True)
+class SampleReading:
+    """How paths become samples; `options` is None where every source makes its own."""
+
+    tokenizer: Tokenizer
+    """Turns text into ids."""
+    sequence_length: int
+    """Tokens of a sample at most, or of a packed row."""
+    options: SampleOptions | None
+    """How a row becomes a sample."""
+    cache_dir: str | None = None
+    """Where indices, remote copies and lengths are kept."""
+
+    def open(self, source: WeightedPath) -> Rows:
+        """Open a source; nothing is read but what finds its rows.
+
+        Args:
+            source: a path, with a `create_dataset` or `process_fn` of its own if it has one.
+
+        Returns:
+            Samples by number.
+        """
+        given = dict(source.options or {})
+        options = self.options or SampleOptions()
+        if source.dataset is not None:
+            records: Any = source.dataset
+        elif source.create_dataset is not None:
+            records = open_records(source.path, create_dataset=source.create_dataset, **given)
+        else:
+            cache = {} if self.cache_dir is None else {"cache_dir": self.cache_dir}
+            records = open_records(source.path, **{**cache, **given})
+        process = source.process_fn
+        if process is None and source.has_own_samples:
+            return records
+        return ProcessedRecords(
+            records,
+            self._tokenize(options) if process is None else process,
+            options.on_bad_sample,
+            options.max_bad_fraction,
+            cache_dir=self.cache_dir,
+        )
+
+    def pack(self, rows: Rows) -> Rows:
+        """Pack the samples of a split, if that is asked for.
+
+        Args:
+            rows: samples.
+
+        Returns:
+            Rows of several samples, or the samples.
+        """
+        if self.options is None or not self.options.pack:
+            return rows
+        return PackedDocuments(rows, self.sequence_length, token_lengths(rows), split=self.options.too_long == "split")
+
+    def _tokenize(self, options: SampleOptions) -> Tokenize:
+        return Tokenize(
+            self.tokenizer,
+            options.fields,
+            options.learned,
+            None if options.too_long == "split" else self.sequence_length,
+            "truncate" if options.too_long == "truncate" else "raise",
+            options.add_end,
+        )
+
+
+def check_rows(dataset: Dataset[Any]) -> Rows:
+    """Refuse a dataset that has no rows by number, or none at all.
+
+    Args:
+        dataset: a user's own.
+
+    Returns:
+        The dataset.
+
+    Raises:
+        DataError: it has no length or rows by number, or is empty.
+    """
+    name = getattr(dataset, "name", type(dataset).__name__)
+    if not isinstance(dataset, Rows):
+        raise DataError(f"data: {name} has no length or rows by number. Give a map-style dataset, or a path.")
+    if len(dataset) == 0:
+        raise DataError(f"data: {name} is empty: it has 0 samples. Give it data, or remove it.")
+    return dataset
+
+
+def is_of_samples(sources: Sequence[WeightedPath], options: SampleOptions | None) -> bool:
+    """Say whether any source gives samples of different lengths, which a batch has to pad.
+
+    Args:
+        sources: what is trained on.
+        options: of samples.
+    """
+    return options is not None or any(source.process_fn is not None for source in sources)
