@@ -9,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from sat_lightning.data.buckets import Buckets
 from sat_lightning.data.mixture import Mixture
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +36,9 @@ class Numbers(Dataset):
 
     def __getitem__(self, index):
         return {"id": torch.tensor(self.first + index)}
+
+    def num_tokens(self, index):
+        return 1 + index % 7
 
 
 class Recorder(L.LightningModule):
@@ -70,7 +75,7 @@ def train(settings):
     path = [{"dataset": Numbers(size, 1000 * n), "probability": p} for n, (size, p) in enumerate(settings["sources"])]
     data = SATDataModule(
         path, batch_size=settings["batch_size"], num_workers=settings["num_workers"], validation=0.0,
-        options=DataOptions(seed=5, stop=settings["stop"]),
+        options=DataOptions(seed=5, stop=settings["stop"], **settings["options"]),
     )
     data.val_dataloader = lambda: torch.utils.data.DataLoader(range(2)) if settings["validate_every"] else []
     folder, every = settings["checkpoints"], settings["save_every"]
@@ -111,7 +116,9 @@ DEFAULTS = {
     "accumulate": 1,
     "kill_at": None,
     "validate_every": None,
+    "options": {},
 }
+BUDGET = {"bucket_size": 16, "max_tokens": 21}
 
 
 Step = list  # its number, and the ids of a batch, rank after rank
@@ -153,8 +160,9 @@ def stitch(parts: list[list[Step]]) -> list[Step]:
         ({"num_workers": 0}, [5, 9]),
         ({"num_workers": 2, "accumulate": 3, "save_every": 1}, [8, 17]),
         ({"accumulate": 3, "validate_every": 4}, [7, 14]),
+        ({"num_workers": 2, "accumulate": 3, "save_every": 1, "options": BUDGET}, [8, 17]),
     ],
-    ids=["twice in one epoch", "in a window, with workers", "saved inside a window"],
+    ids=["twice in one epoch", "in a window, with workers", "saved inside a window", "by tokens"],
 )
 def test_killed_run_continues_as_if_nothing_had_happened(tmp_path: Path, settings: dict, kills: list[int]) -> None:
     parts = [settings | {"kill_at": kill_at} for kill_at in [*kills, None]]
@@ -180,6 +188,20 @@ def test_another_number_of_ranks_continues_the_same_order(tmp_path: Path, ranks:
     assert sorted(ids[:89]) == sorted(ids[89:]) == list(range(89))
 
 
+def test_another_number_of_ranks_cuts_the_same_order_by_tokens(tmp_path: Path) -> None:
+    settings = {"sources": [[89, 1.0]], "save_every": 1, "epochs": 1, "options": BUDGET}
+    killed, resumed, more = run(
+        tmp_path,
+        settings | {"ranks": 2, "kill_at": 5, "resume": None},
+        settings | {"ranks": 3, "kill_at": 5 + 2},
+        settings | {"ranks": 1},
+    )
+    ids = [i for _, batch in stitch([killed, resumed, more]) for i in batch]
+    mixture = Mixture([89], seed=5)
+    stream = Buckets(mixture, lambda ids: 1 + ids % 7, BUDGET["bucket_size"])
+    assert ids == mixture.ids(stream.positions(np.arange(89))).tolist() and sorted(ids) == list(range(89))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 def test_killed_at_random(tmp_path: Path, seed: int) -> None:
@@ -190,6 +212,7 @@ def test_killed_at_random(tmp_path: Path, seed: int) -> None:
         "save_every": draw.choice([1, 2]),
         "stop": draw.choice(["first_exhausted", "all_exhausted", None, "never"]),
         "sources": [[37, 0.7], [31, 0.2], [13, 0.1]],
+        "options": draw.choice([{}, BUDGET, {"bucket_size": 16}]),
     }
     settings |= {"max_steps": 20, "epochs": -1} if settings["stop"] == "never" or draw.random() < 0.5 else {}
     kills = sorted(draw.sample(range(settings["accumulate"] * settings["save_every"] + 1, 20), 3))

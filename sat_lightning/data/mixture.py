@@ -81,7 +81,8 @@ class Mixture:
         self.block_size = block_size
         self.mean_tokens = None if mean_tokens is None else list(mean_tokens)
         _check(self.sizes, self.shares, self.names)
-        self.requested = [Fraction(share) for share in _sample_shares(self.sizes, self.shares, self.mean_tokens)]
+        requested = _sample_shares(self.sizes, self.shares, self.mean_tokens, self.names)
+        self.requested = [Fraction(share) for share in requested]
         self._schedule = Schedule(self.requested)
         self._offsets = np.concatenate(([0], np.cumsum(self.sizes, dtype=np.int64)))
         self._keys = [derive_key(seed, source) for source in range(len(sizes))]
@@ -195,13 +196,18 @@ def _check(sizes: list[int], shares: list[Share], names: list[str]) -> None:
             )
 
 
-def _sample_shares(sizes: list[int], shares: list[Share], mean_tokens: list[float] | None) -> list[Fraction]:
+def _sample_shares(
+    sizes: list[int], shares: list[Share], mean_tokens: list[float] | None, names: list[str]
+) -> list[Fraction]:
     """What fraction of the samples each source is."""
     kinds = {share.kind for share in shares}
     amounts = [_exact(share.amount) for share in shares]
     if kinds == {"tokens"}:
         if mean_tokens is None:
             raise DataError("mixture: shares by tokens need the mean tokens per sample of each source.")
+        for name, mean in zip(names, mean_tokens, strict=True):
+            if not mean > 0:
+                raise DataError(f"mixture: {name} has {mean:g} tokens in its samples. Give it data, or remove it.")
         amounts = [amount / _exact(mean) for amount, mean in zip(amounts, mean_tokens, strict=True)]
     elif "tokens" in kinds:
         raise DataError("mixture: some sources have tokens and some have not. Give tokens to every source or to none.")

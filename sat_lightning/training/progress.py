@@ -141,8 +141,9 @@ class DataProgress:
         else:
             target = len(batches) - left
         for count in (done.current, done.total):
+            # All alike: a batch that was not yet completed when the checkpoint was saved, Lightning completes later on.
             for name in ("ready", "started", "processed", "completed"):
-                setattr(count, name, max(0, getattr(count, name) + target - before))
+                setattr(count, name, getattr(count, name) + max(0, target) - before)
         self._first_batch = done.total.processed
 
     def _num_ranks(self) -> int:
