@@ -114,7 +114,7 @@ def test_a_batch_without_a_step_leaves_the_average_alone() -> None:
     assert trainer.global_step == 4 and trainer.fit_loop.total_batch_idx >= 6 and ema.num_updates == 4
 
 
-def test_a_batch_that_the_guard_leaves_out_does_not_count() -> None:
+def test_a_batch_that_the_guard_leaves_out_does_not_count(tmp_path) -> None:
     task = make_task(optim=FAST)
     forward_step = task.forward_step
     calls = []
@@ -126,7 +126,8 @@ def test_a_batch_that_the_guard_leaves_out_does_not_count() -> None:
 
     task.forward_step = forward_with_nan
     ema, reference = EMA(decay=0.5), Reference(0.5, True)
-    trainer = make_trainer(4, callbacks=[SkipNonFinite(max_fraction=1.0), ema, reference])
+    callbacks = [SkipNonFinite(max_fraction=1.0), ema, reference]
+    trainer = make_trainer(4, callbacks=callbacks, default_root_dir=tmp_path)
     with pytest.warns(UserWarning):
         trainer.fit(task, counting_loader())
     assert len(calls) == 6 and trainer.global_step == ema.num_updates == 4
