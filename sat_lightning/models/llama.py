@@ -22,6 +22,7 @@ from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import ConfigError
 from sat_lightning.mixins import GatedMLPMixin, LMHeadMixin, LocalAttentionMixin, QKNormMixin, RotaryMixin
 from sat_lightning.model import BaseModel, register_model
+from sat_lightning.models.keymaps.llama import KEY_MAPS
 from sat_lightning.nn import RMSNorm, Transformer
 
 
@@ -57,6 +58,7 @@ class LLaMAModel(BaseModel):
 
     config_class: ClassVar[type[TransformerConfig]] = LLaMAConfig
     default_mask = "causal"
+    key_maps = KEY_MAPS
     config: LLaMAConfig
 
     def __init__(
