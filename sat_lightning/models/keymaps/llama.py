@@ -94,8 +94,8 @@ def _write(config: Any, model_type: str, *, bias: bool, norm: bool, window: bool
     for name, is_there in {**held, "use_bias": False}.items():
         if getattr(config, name) != is_there:
             raise ConfigError(
-                f"A '{model_type}' file cannot say {name}={getattr(config, name)}. Give the model_type that can: llama, "
-                "mistral (window), qwen2 (qkv bias) or qwen3 (QK-norm)."
+                f"A '{model_type}' file cannot say {name}={getattr(config, name)}. Give the model_type that can: "
+                "llama, mistral (window), qwen2 (qkv bias) or qwen3 (QK-norm)."
             )
     if config.sliding_window is not None and not window:
         raise ConfigError(f"A '{model_type}' file cannot say sliding_window={config.sliding_window}: use mistral.")
