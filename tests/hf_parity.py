@@ -36,7 +36,7 @@ def to_ours(theirs, model_class=None, **overrides):
     for name, make in key_map.adds.items():
         ours.add_mixin(name, make(config))
     source = theirs.state_dict()
-    is_tied = values.get("tie_word_embeddings", key_map.is_tied_by_default)
+    is_tied = key_map.is_tied(values)
     plan = plan_import(key_map, source, config, ours.state_dict().keys(), is_tied=is_tied)
     ours.load_state_dict(dict(plan.read(source, "theirs")), strict=False)
     return ours.eval(), key_map, plan
@@ -71,13 +71,13 @@ def check_parity(theirs, kwargs, pick, *, our_kwargs=None, our_pick=None, visibl
     randomise(theirs)
     theirs.eval()
     ours, key_map, plan = to_ours(theirs, model_class)
-    is_tied = getattr(theirs.config, "tie_word_embeddings", key_map.is_tied_by_default)
+    is_tied = key_map.is_tied(theirs.config.to_dict())
     check_round_trip(theirs, ours, key_map, plan.layout, is_tied)
     our_kwargs, our_pick = our_kwargs or kwargs, our_pick or (lambda out: out[0])
     select = (lambda t: t) if visible is None else (lambda t: t[visible])
     expected, got = select(pick(theirs(**kwargs))), select(our_pick(ours(**our_kwargs)))
     assert_close(got, expected, atol=options.get("atol", 1e-5), rtol=1e-5)
-    check_gradients(theirs, ours, key_map, expected, got, is_tied, options.get("grad_atol", 1e-4))
+    check_gradients(theirs, ours, key_map, plan.layout, expected, got, is_tied, options.get("grad_atol", 1e-4))
     if (bf16_atol := options.get("bf16_atol", 6e-2)) is not None:
         with torch.no_grad():
             theirs.to(torch.bfloat16), ours.to(torch.bfloat16)
@@ -87,19 +87,19 @@ def check_parity(theirs, kwargs, pick, *, our_kwargs=None, our_pick=None, visibl
     return ours
 
 
-def check_gradients(theirs, ours, key_map, expected, got, is_tied, atol):
+def check_gradients(theirs, ours, key_map, layout, expected, got, is_tied, atol):
     direction = torch.randn_like(expected)
     theirs.zero_grad(), ours.zero_grad()
     (expected * direction).mean().backward()
     (got * direction).mean().backward()
     grads = {name: p.grad for name, p in theirs.named_parameters(remove_duplicate=False)}
-    tied = {name for pair in key_map.tied.items() for name in pair} if is_tied else set()
+    tied = {name for pair in key_map.pairs(is_tied).items() for name in pair}
     known = {name for name, grad in grads.items() if grad is not None and name not in tied}
     mine = {
         name: torch.zeros_like(p) if p.grad is None else p.grad
         for name, p in ours.named_parameters(remove_duplicate=False)
     }
-    plan = plan_export(key_map, mine.keys(), ours.config, is_tied=False)
+    plan = plan_export(key_map, mine.keys(), ours.config, layout=layout, is_tied=False)
     back = dict(plan.write(mine, "gradients"))
     for name in known:
         assert_close(back[name], grads[name], atol=atol, rtol=1e-3, msg=lambda m, n=name: f"gradient of {n}: {m}")

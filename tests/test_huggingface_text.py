@@ -66,3 +66,119 @@ def test_llama_and_its_relatives(name):
     family, options = DECODERS[name]
     config = getattr(transformers, f"{family}Config")(**(DECODER | options))
     check_decoder(lambda: getattr(transformers, f"{family}ForCausalLM")(config))
+
+
+BERT = {
+    "vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 36,
+    "max_position_embeddings": 20, "attn_implementation": "eager",
+}  # fmt: skip
+
+
+def check_encoder(build, pick, our_pick=None, **more):
+    """Compare without padding and with it on either side, given as `[b, s]` to both."""
+    inputs = {"input_ids": IDS, **more}
+    check_parity(build(), inputs, pick, our_pick=our_pick)
+    for side in ("right", "left"):
+        padding = padded(side)[0]
+        visible = padding.bool() if pick(build().eval()(**inputs)).dim() == 3 else None
+        check_parity(
+            build(), {**inputs, "attention_mask": padding}, pick, our_pick=our_pick, visible=visible, bf16_atol=None
+        )
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_bert(bare):
+    config = transformers.BertConfig(**BERT, type_vocab_size=3)
+    kind, field = ("BertModel", "last_hidden_state") if bare else ("BertForMaskedLM", "logits")
+    types = torch.randint(0, 3, IDS.shape)
+    check_encoder(lambda: getattr(transformers, kind)(config), lambda out: getattr(out, field), token_type_ids=types)
+
+
+def test_the_pooled_vector_of_bert():
+    theirs = transformers.BertModel(transformers.BertConfig(**BERT))
+    ours = check_parity(theirs, {"input_ids": IDS}, lambda out: out.last_hidden_state, bf16_atol=None)
+    with torch.no_grad():
+        pooled = ours.get_mixin("pooler")(ours(IDS)[0])
+        torch.testing.assert_close(pooled, theirs(IDS).pooler_output, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_roberta(bare):
+    config = transformers.RobertaConfig(**BERT, type_vocab_size=1, pad_token_id=1)
+    kind, field = ("RobertaModel", "last_hidden_state") if bare else ("RobertaForMaskedLM", "logits")
+    check_encoder(lambda: getattr(transformers, kind)(config), lambda out: getattr(out, field))
+
+
+def test_roberta_counts_positions_behind_padding():
+    config = transformers.RobertaConfig(**BERT, type_vocab_size=1, pad_token_id=1)
+    ids = IDS.clone()
+    ids[0, :3], ids[1, 8:] = 1, 1
+    check_parity(
+        transformers.RobertaForMaskedLM(config),
+        {"input_ids": ids, "attention_mask": (ids != 1).long()},
+        lambda out: out.logits,
+        our_kwargs={"input_ids": ids},
+        visible=ids != 1,
+    )
+
+
+@pytest.mark.parametrize("part", ["QuestionEncoder", "ContextEncoder", "Reader"])
+def test_dpr(part):
+    config = transformers.DPRConfig(**BERT)
+    if part == "Reader":
+        pick, ours = (
+            lambda out: torch.cat([out.start_logits, out.end_logits, out.relevance_logits[:, None]], dim=1),
+            lambda out: torch.cat([out[0][0], out[0][1], out[0][2][:, None]], dim=1),
+        )
+    else:
+        pick, ours = lambda out: out.pooler_output, None
+    check_encoder(lambda: getattr(transformers, f"DPR{part}")(config), pick, ours)
+
+
+def test_gptneo():
+    config = transformers.GPTNeoConfig(
+        vocab_size=61, hidden_size=24, num_layers=3, num_heads=4, max_position_embeddings=32, window_size=4,
+        attention_types=[[["global", "local"], 1], [["local"], 1]], attn_implementation="eager", bos_token_id=0,
+        eos_token_id=0,
+    )  # fmt: skip
+    check_decoder(lambda: transformers.GPTNeoForCausalLM(config))
+
+
+@pytest.mark.parametrize("is_scaled", [True, False])
+@pytest.mark.parametrize("form", ["relu", "gated-gelu"])
+def test_t5(form, is_scaled):
+    config = transformers.T5Config(
+        vocab_size=61, d_model=24, d_kv=5, d_ff=30, num_layers=2, num_decoder_layers=3, num_heads=4,
+        relative_attention_num_buckets=8, feed_forward_proj=form, tie_word_embeddings=is_scaled,
+        attn_implementation="eager", decoder_start_token_id=0,
+    )  # fmt: skip
+
+    def build():
+        model = transformers.T5ForConditionalGeneration(config)
+        if not is_scaled:
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        return model
+
+    decoder_ids = IDS[:, :7].contiguous()
+    theirs = {"input_ids": IDS, "decoder_input_ids": decoder_ids}
+    ours = {"enc_input_ids": IDS, "dec_input_ids": decoder_ids}
+    second = lambda out: out[1]  # noqa: E731
+    check_parity(build(), theirs, lambda out: out.logits, our_kwargs=ours, our_pick=second)
+    for side in ("right", "left"):
+        padding = padded(side)[0]
+        check_parity(
+            build(),
+            {**theirs, "attention_mask": padding},
+            lambda out: out.logits,
+            our_kwargs={**ours, "enc_attention_mask": padding},
+            our_pick=second,
+            bf16_atol=None,
+        )
+
+
+@pytest.mark.parametrize("options", [{}, {"num_key_value_heads": 1, "head_dim": 12}])
+def test_glm4(options):
+    config = transformers.GlmConfig(
+        **(DECODER | {"head_dim": 8, "num_key_value_heads": 2, "pad_token_id": 0} | options)
+    )
+    check_parity(transformers.GlmForCausalLM(config), {"input_ids": IDS}, lambda out: out.logits)

@@ -80,7 +80,7 @@ def open_huggingface(folder: Path) -> Mapping[str, Tensor]:
 
 def is_tied(values: Mapping[str, Any], key_map: KeyMap) -> bool:
     """Tell whether a config.json ties the pairs of `key_map.tied`."""
-    return bool(values.get("tie_word_embeddings", key_map.is_tied_by_default))
+    return key_map.is_tied(values)
 
 
 def save_huggingface(

@@ -123,14 +123,13 @@ def plan_import(
     """
     groups = expand(key_map, config)
     plan = Plan([], config, {})
-    known = {name for group in groups for name in group.theirs} | key_map.tied.keys()
+    known = {name for group in groups for name in group.theirs} | key_map.pairs(True).keys()
     known |= {name for template in key_map.buffers for name in fill_theirs(template, key_map, config)}
     present = {_table_name(name, key_map, known, plan.layout): name for name in source if not matches(name, ignore)}
     plan.files = {name: actual for name, actual in present.items() if name != actual}
     unread, unfilled = set(present), {n for n in target if not matches(n, (*key_map.derived, *may_miss))}
     unread -= _plan_buffers(plan, key_map, present)
-    if is_tied:
-        unread -= _plan_ties(plan, key_map, present)
+    unread -= _plan_ties(plan, key_map.pairs(is_tied), present)
     for group in groups:
         if all(name in present for name in group.theirs) and all(name in target for name in group.ours):
             plan.groups.append(group)
@@ -150,10 +149,10 @@ def _plan_buffers(plan: Plan, key_map: KeyMap, present: Mapping[str, str]) -> se
     return set(plan.buffers)
 
 
-def _plan_ties(plan: Plan, key_map: KeyMap, present: dict[str, str]) -> set[str]:
+def _plan_ties(plan: Plan, pairs: Mapping[str, str], present: dict[str, str]) -> set[str]:
     """Let one half of a tied pair stand for the other; returns names that need no rule."""
     done = set()
-    for name, other in key_map.tied.items():
+    for name, other in pairs.items():
         if name in present and other in present:
             plan.tied[name] = other
             done.add(name)
@@ -194,8 +193,8 @@ def plan_export(
     Raises:
         CheckpointError: if one of our tensors has no place in the file.
     """
-    groups = [group for group in expand(key_map, config) if all(name in source for name in group.ours)]
-    plan = Plan(groups, config, dict(layout or {}), tied=dict(key_map.tied) if is_tied else {})
+    groups = _largest([group for group in expand(key_map, config) if all(name in source for name in group.ours)])
+    plan = Plan(groups, config, dict(layout or {}), tied=key_map.pairs(is_tied))
     unread = {name for name in source if not matches(name, (*key_map.derived, *ignore))}
     unread -= {name for group in groups for name in group.ours}
     if unread:
@@ -206,6 +205,12 @@ def plan_export(
     names = [name for group in groups for name in group.theirs] + [*plan.buffers, *plan.tied]
     plan.files = {name: _file_name(name, key_map, plan.layout) for name in names}
     return plan
+
+
+def _largest(groups: list[Group]) -> list[Group]:
+    """Leave out groups that are part of another: `wi` where a gate is there too, and theirs are `wi_0` and `wi_1`."""
+    larger: dict[str, Group] = {name: group for group in groups if len(group.ours) > 1 for name in group.ours}
+    return [group for group in groups if not (len(group.ours) == 1 and group.ours[0] in larger)]
 
 
 def _table_name(name: str, key_map: KeyMap, known: Collection[str], layout: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from sat_lightning.mixins.lm_head import LMHeadMixin
 from sat_lightning.mixins.local_attention import LocalAttentionMixin
 from sat_lightning.mixins.masked_lm_head import MaskedLMHeadMixin
 from sat_lightning.mixins.past_key_values import PastKeyValuesMixin
+from sat_lightning.mixins.pooler import PoolerMixin
 from sat_lightning.mixins.qk_norm import QKNormMixin
 from sat_lightning.mixins.relative_bias import RelativeBiasMixin
 from sat_lightning.mixins.rotary import RotaryMixin
@@ -17,6 +18,7 @@ __all__ = [
     "LocalAttentionMixin",
     "MaskedLMHeadMixin",
     "PastKeyValuesMixin",
+    "PoolerMixin",
     "QKNormMixin",
     "RelativeBiasMixin",
     "RotaryMixin",

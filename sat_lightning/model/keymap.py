@@ -104,8 +104,12 @@ class KeyMap:
     """Begins the names of the bare model in a file of the whole one; files of the bare model leave it out."""
     tied: Mapping[str, str] = field(default_factory=dict)
     """Their name -> the name of theirs it equals, where files may leave the first out (`lm_head` and the embedding)."""
+    tie_fields: tuple[str, ...] = ("tie_word_embeddings",)
+    """Fields of config.json that say whether `tied` holds; the first that is there decides."""
     is_tied_by_default: bool = False
-    """What a config.json without `tie_word_embeddings` means; where it is false, nothing is tied."""
+    """What a config.json without any of them means; where it is false, nothing of `tied` is tied."""
+    copies: Mapping[str, str] = field(default_factory=dict)
+    """Their name -> the name of theirs it equals whatever config.json says (`encoder.embed_tokens` and `shared`)."""
     derived: tuple[str, ...] = ()
     """Our names, with `*`, that the constructor makes and theirs lack (`*.inv_freq`)."""
     buffers: Mapping[str, Callable[[Any], Tensor]] = field(default_factory=dict)
@@ -116,6 +120,14 @@ class KeyMap:
     """Mixins of the class that these files have no weights for: removed after building."""
     adds: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
     """Mixins to add after building, by name: configuration -> mixin."""
+
+    def is_tied(self, values: Mapping[str, Any]) -> bool:
+        """Tell whether a config.json ties the pairs of `tied`."""
+        return bool(next((values[name] for name in self.tie_fields if name in values), self.is_tied_by_default))
+
+    def pairs(self, is_tied: bool) -> dict[str, str]:
+        """Return what may be left out of a file: name -> the name it equals."""
+        return {**self.copies, **(self.tied if is_tied else {})}
 
 
 def require(values: Mapping[str, Any], **supported: Any) -> None:

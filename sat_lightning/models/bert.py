@@ -19,6 +19,7 @@ from torch import Tensor
 from sat_lightning.config import TransformerConfig
 from sat_lightning.mixins import MaskedLMHeadMixin, TokenTypesMixin
 from sat_lightning.model import BaseModel, register_model
+from sat_lightning.models.keymaps.bert import BERT_KEY_MAPS
 from sat_lightning.nn import Transformer
 from sat_lightning.nn.masks import MaskLike, read_padding
 
@@ -31,6 +32,8 @@ class EncoderConfig(TransformerConfig):
     """Where the norms of a layer stand; drawn in `sat_lightning.nn.layer`."""
     pad_token_id: int | None = None
     """The word that is padding: an omitted mask then hides it. Default: an omitted mask is full."""
+    head_layernorm_epsilon: float = 1e-5
+    """Epsilon of the norm inside the head; SAT's is this whatever `layernorm_epsilon` says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +77,12 @@ class BertModel(EncoderModel):
     """
 
     config_class: ClassVar[type[TransformerConfig]] = BertConfig
+    key_maps = BERT_KEY_MAPS
     config: BertConfig
 
     def __init__(
         self, config: BertConfig, transformer: Transformer | None = None, **transformer_overrides: Any
     ) -> None:
         super().__init__(config, transformer=transformer, **({"activation_func": F.gelu} | transformer_overrides))
-        self.add_mixin("bert-final", MaskedLMHeadMixin(self.config))
+        self.add_mixin("bert-final", MaskedLMHeadMixin(self.config, self.config.head_layernorm_epsilon))
         self.add_mixin("bert-type", TokenTypesMixin(self.config, self.config.num_types))

@@ -23,6 +23,7 @@ from sat_lightning.mixins import GatedMLPMixin, LMHeadMixin, PastKeyValuesMixin,
 from sat_lightning.model import BaseModel, register_model
 from sat_lightning.model.base import OMITTED
 from sat_lightning.models.chatglm import Past, flip_bool
+from sat_lightning.models.keymaps.chatglm import KEY_MAPS
 from sat_lightning.nn import RMSNorm, Transformer
 from sat_lightning.nn.masks import MaskLike
 
@@ -164,4 +165,5 @@ class ChatGLM4Model(ChatGLM2Model):
     """
 
     config_class: ClassVar[type[TransformerConfig]] = ChatGLM4Config
+    key_maps = KEY_MAPS
     config: ChatGLM4Config

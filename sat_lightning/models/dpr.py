@@ -21,6 +21,7 @@ from sat_lightning.mixins import TokenTypesMixin
 from sat_lightning.model import BaseMixin, register_model
 from sat_lightning.model.base import read_config
 from sat_lightning.models.bert import BertConfig, EncoderModel
+from sat_lightning.models.keymaps.bert import CONTEXT_KEY_MAPS, QUESTION_KEY_MAPS, READER_KEY_MAPS
 from sat_lightning.nn import Transformer
 from sat_lightning.nn.linear import Linear, normal_init
 from sat_lightning.nn.mlp import gelu
@@ -99,6 +100,8 @@ class DPRQuestionEncoder(_DPRModel):
         **transformer_overrides: see `BaseModel`.
     """
 
+    key_maps = QUESTION_KEY_MAPS
+
 
 @register_model
 class DPRContextEncoder(_DPRModel):
@@ -110,6 +113,8 @@ class DPRContextEncoder(_DPRModel):
         **transformer_overrides: see `BaseModel`.
     """
 
+    key_maps = CONTEXT_KEY_MAPS
+
 
 @register_model
 class DPRReader(_DPRModel):
@@ -120,6 +125,8 @@ class DPRReader(_DPRModel):
         transformer: a backbone to share. Default: a new one.
         **transformer_overrides: see `BaseModel`.
     """
+
+    key_maps = READER_KEY_MAPS
 
     def make_head(self) -> BaseMixin:
         """Return the three scores."""

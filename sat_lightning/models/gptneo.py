@@ -20,6 +20,7 @@ from sat_lightning.errors import ConfigError
 from sat_lightning.hooks import non_conflict
 from sat_lightning.mixins import LocalAttentionMixin
 from sat_lightning.model import BaseModel, register_model
+from sat_lightning.models.keymaps.gptneo import KEY_MAPS
 from sat_lightning.nn import Transformer
 
 
@@ -31,6 +32,8 @@ class GPTNeoConfig(TransformerConfig):
     """For each layer "global" or "local". Default: the two in turn."""
     window_size: int = 256
     """How many keys a local layer's query sees, its own among them."""
+    has_qkv_bias: bool = True
+    """A bias on `query_key_value`, as SAT has; Hugging Face's files have none."""
 
     def __post_init__(self) -> None:
         """Fill in and check the list of layers."""
@@ -58,12 +61,16 @@ class GPTNeoModel(BaseModel):
 
     config_class: ClassVar[type[TransformerConfig]] = GPTNeoConfig
     default_mask = "causal"
+    key_maps = KEY_MAPS
     config: GPTNeoConfig
 
     def __init__(
         self, config: GPTNeoConfig, transformer: Transformer | None = None, **transformer_overrides: Any
     ) -> None:
         super().__init__(config, transformer=transformer, **transformer_overrides)
+        if not self.config.has_qkv_bias:
+            for layer in self.transformer.layers:
+                layer.attention.query_key_value.register_parameter("bias", None)
         windows = [self.config.window_size if kind == "local" else None for kind in self.config.attention_types]
         self.add_mixin("causal-window", LocalAttentionMixin(windows, is_causal=True))
 

@@ -17,6 +17,7 @@ from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import ConfigError
 from sat_lightning.mixins import LMHeadMixin, LocalAttentionMixin, RotaryMixin, TopKRoutingMixin
 from sat_lightning.model import BaseModel, register_model
+from sat_lightning.models.keymaps.mixtral import KEY_MAPS
 from sat_lightning.nn import RMSNorm, Transformer
 
 
@@ -57,6 +58,7 @@ class MixtralModel(BaseModel):
 
     config_class: ClassVar[type[TransformerConfig]] = MixtralConfig
     default_mask = "causal"
+    key_maps = KEY_MAPS
     config: MixtralConfig
 
     def __init__(

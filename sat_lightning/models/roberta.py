@@ -19,6 +19,7 @@ from sat_lightning.errors import InputError
 from sat_lightning.mixins import MaskedLMHeadMixin
 from sat_lightning.model import register_model
 from sat_lightning.models.bert import EncoderConfig, EncoderModel
+from sat_lightning.models.keymaps.bert import ROBERTA_KEY_MAPS
 from sat_lightning.nn import Transformer
 
 
@@ -41,13 +42,14 @@ class RobertaModel(EncoderModel):
     """
 
     config_class: ClassVar[type[TransformerConfig]] = RobertaConfig
+    key_maps = ROBERTA_KEY_MAPS
     config: RobertaConfig
 
     def __init__(
         self, config: RobertaConfig, transformer: Transformer | None = None, **transformer_overrides: Any
     ) -> None:
         super().__init__(config, transformer=transformer, **({"activation_func": F.gelu} | transformer_overrides))
-        self.add_mixin("bert-final", MaskedLMHeadMixin(self.config))
+        self.add_mixin("bert-final", MaskedLMHeadMixin(self.config, self.config.head_layernorm_epsilon))
 
     def make_position_ids(self, input_ids: Tensor, **kw: Any) -> Tensor | None:
         """Number what is no padding from `pad_token_id` + 1, `[b, s]`."""

@@ -21,6 +21,7 @@ from sat_lightning.hooks import computes_loss
 from sat_lightning.mixins import GatedMLPMixin, LMHeadMixin, RelativeBiasMixin
 from sat_lightning.model import BaseMixin, EncoderDecoderConfig, EncoderDecoderModel, register_model
 from sat_lightning.model.base import OMITTED, read_config
+from sat_lightning.models.keymaps.t5 import KEY_MAPS
 from sat_lightning.nn import RMSNorm
 from sat_lightning.nn.head import project
 from sat_lightning.nn.mlp import gelu
@@ -61,6 +62,7 @@ class T5Model(EncoderDecoderModel):
     """
 
     config_class: ClassVar[type[TransformerConfig]] = T5Config
+    key_maps = KEY_MAPS
     config: T5Config
 
     def __init__(self, config: T5Config, **kwargs: Any) -> None:
