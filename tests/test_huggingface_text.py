@@ -2,8 +2,13 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from tests.hf_parity import check_parity
+from sat_lightning import AutoModel
+from sat_lightning.checkpoint.huggingface import RECORD, save_huggingface
+from sat_lightning.checkpoint.keymap import plan_export
+from sat_lightning.models import MixtralModel
+from tests.hf_parity import check_parity, randomise
 
 transformers = pytest.importorskip("transformers")
 
@@ -182,3 +187,50 @@ def test_glm4(options):
         **(DECODER | {"head_dim": 8, "num_key_value_heads": 2, "pad_token_id": 0} | options)
     )
     check_parity(transformers.GlmForCausalLM(config), {"input_ids": IDS}, lambda out: out.logits)
+
+
+def _names_on_disk(parameters, inner_size):
+    """Part the experts that transformers 5 holds fused in memory, as it does when it saves."""
+    found = {}
+    for name, tensor in parameters.items():
+        place = name.partition(".mlp.")[0] + ".block_sparse_moe"
+        if name.endswith("mlp.gate.weight"):
+            found[f"{place}.gate.weight"] = tensor
+        elif name.endswith("gate_up_proj"):
+            for e, expert in enumerate(tensor):
+                found[f"{place}.experts.{e}.w1.weight"], found[f"{place}.experts.{e}.w3.weight"] = expert.split(
+                    inner_size
+                )
+        elif name.endswith("down_proj"):
+            found |= {f"{place}.experts.{e}.w2.weight": expert for e, expert in enumerate(tensor)}
+        else:
+            found[name] = tensor
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, {"tie_word_embeddings": True, "sliding_window": 4, "num_key_value_heads": 1}])
+def test_mixtral_through_its_folder(tmp_path, options):
+    sizes = DECODER | {"num_key_value_heads": 2, "num_local_experts": 3, "num_experts_per_tok": 2} | options
+    theirs = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes)).eval()
+    randomise(theirs, std=0.2)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = AutoModel.from_pretrained(tmp_path / "theirs")
+    expected, got = theirs(input_ids=IDS).logits, ours(IDS)[0]
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    expected.square().mean().backward()
+    got.square().mean().backward()
+    record = ours.config.extra[RECORD]
+    is_tied = bool(sizes.get("tie_word_embeddings"))
+    mine = {name: parameter.grad for name, parameter in ours.named_parameters()}
+    plan = plan_export(MixtralModel.key_maps[0], mine, ours.config, layout=record.get("layout"), is_tied=is_tied)
+    back = dict(plan.write(mine, "gradients"))
+    grads = _names_on_disk({name: p.grad for name, p in theirs.named_parameters()}, sizes["intermediate_size"])
+    assert back.keys() == grads.keys()
+    for name, gradient in grads.items():
+        torch.testing.assert_close(back[name], gradient, atol=1e-4, rtol=1e-3)
+    save_huggingface(ours, tmp_path / "back")
+    written, read = (load_file(tmp_path / folder / "model.safetensors") for folder in ("back", "theirs"))
+    assert written.keys() == read.keys()
+    assert all(torch.equal(written[name], tensor) for name, tensor in read.items())
+    again = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "back").eval()
+    torch.testing.assert_close(again(input_ids=IDS).logits, expected, atol=1e-5, rtol=1e-5)
