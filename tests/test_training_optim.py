@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from sat_lightning.errors import ConfigError
 from sat_lightning.training import OptimConfig
 from sat_lightning.training.optim import (
+    check_kind,
     group_parameters,
     make_adamw,
     make_schedule,
@@ -193,6 +194,16 @@ def test_kinds_that_need_a_gpu_say_so_and_get_our_settings(monkeypatch, kind: st
         unnamed = [{key: value for key, value in group.items() if key != "name"} for group in groups]
         assert made["name"] == "CPUOffloadOptimizer" and made["settings"] == expected | {"fused": True}
         assert made["args"] == (unnamed, torch.optim.AdamW)
+
+
+def test_offloaded_kind_is_for_one_device() -> None:
+    trainer = make_trainer(1, strategy="zero_2")
+    with pytest.raises(
+        ConfigError, match="for one device, and the strategy is SATDeepSpeedStrategy. Set .* zero_2_offl"
+    ):
+        check_kind("adamw_offload", trainer)
+    check_kind("adamw", trainer)
+    check_kind("adamw_offload", make_trainer(1))
 
 
 def test_own_optimizer_takes_the_groups_and_the_schedule() -> None:

@@ -198,7 +198,8 @@ def scale_learning_rates(groups: Sequence[dict[str, Any]]) -> None:
         groups: of an optimizer that has just been built; changed in place.
     """
     for group in groups:
-        group["lr"] = group["lr"] * group.get("lr_scale", 1.0)
+        if group.get("lr_scale", 1.0) != 1:  # some optimizers find a rate of their own, and have None there
+            group["lr"] = group["lr"] * group["lr_scale"]
 
 
 def _choose(

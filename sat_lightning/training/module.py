@@ -15,7 +15,7 @@ from sat_lightning.model import BaseMixin, BaseModel
 from sat_lightning.training.flops import count_flops
 from sat_lightning.training.freezing import freeze_parameters
 from sat_lightning.training.groups import freeze_by_rules, group_parameters, scale_learning_rates
-from sat_lightning.training.optim import OptimConfig, OptimizerFactory, make_adamw, make_schedule
+from sat_lightning.training.optim import OptimConfig, OptimizerFactory, check_kind, make_adamw, make_schedule
 from sat_lightning.training.runs import is_trial, total_steps
 from sat_lightning.training.steps import StepModule
 from sat_lightning.training.summary import report_run
@@ -111,6 +111,7 @@ class SATLightningModule(StepModule):
         """
         groups = group_parameters(self, self.optim.groups, self.optim.layer_decay, prefix="model.")
         if self._optimizer_factory is None:
+            check_kind(self.optim.kind, self.trainer)
             # Lightning refuses to clip what a fused optimizer could unscale by itself (fp16; it asks in bf16 as well).
             clips_mixed = self.trainer.precision in ("16-mixed", "bf16-mixed") and bool(self.trainer.gradient_clip_val)
             optimizer = make_adamw(groups, self.optim, fused=not clips_mixed)

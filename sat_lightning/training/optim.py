@@ -28,6 +28,7 @@ __all__ = [
     "OptimizerFactory",
     "ParameterRule",
     "Schedule",
+    "check_kind",
     "group_parameters",
     "make_adamw",
     "make_schedule",
@@ -213,6 +214,24 @@ def make_adamw(groups: list[dict[str, Any]], config: OptimConfig, *, fused: bool
     # It makes an optimizer of its own for each parameter, which multiplies groups: names would no longer be unique.
     unnamed = [{key: value for key, value in group.items() if key != "name"} for group in groups]
     return optimizers.CPUOffloadOptimizer(unnamed, torch.optim.AdamW, fused=True, **settings)
+
+
+def check_kind(kind: Kind, trainer: Any) -> None:  # noqa: ANN401
+    """Refuse an offloaded optimizer where a strategy would split or copy what it offloads.
+
+    Args:
+        kind: of AdamW.
+        trainer: of the run.
+
+    Raises:
+        ConfigError: the run has more than one device, or a strategy of its own.
+    """
+    name = type(trainer.strategy).__name__
+    if kind == "adamw_offload" and name != "SingleDeviceStrategy":
+        raise ConfigError(
+            f"optim: kind adamw_offload is for one device, and the strategy is {name}. Set trainer.devices to 1, or "
+            "use kind adamw with trainer.strategy zero_2_offload."
+        )
 
 
 def _import_optimizers(kind: str) -> Any:  # noqa: ANN401 - a module that may not be installed
