@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,17 +12,17 @@ from torch import Tensor
 from sat_lightning.checkpoint.report import LoadReport, Tolerance, matches, some
 from sat_lightning.checkpoint.resize import Resize
 from sat_lightning.errors import CheckpointError
-from sat_lightning.model import BaseModel
+from sat_lightning.model.registry import AnyModel
 
 Dtype = torch.dtype | Literal["auto"] | None
 
 
 @dataclass
 class Incoming:
-    """The tensors of a checkpoint by our names, read when they are iterated."""
+    """The tensors of a checkpoint by our names."""
 
-    names: Collection[str]
-    read: Callable[[], Iterator[tuple[str, Tensor]]]
+    tensors: Mapping[str, Tensor]
+    """Each is read when it is asked for."""
     unread: Collection[str] = ()
     """Names of the file that nothing here corresponds to."""
     derived: tuple[str, ...] = ()
@@ -31,7 +31,7 @@ class Incoming:
 
 
 def fit(
-    model: BaseModel,
+    model: AnyModel,
     incoming: Incoming,
     tolerance: Tolerance,
     *,
@@ -63,8 +63,8 @@ def fit(
     mismatched = _fill(own, incoming, tolerance, what, resize, adopts, dtype)
     if absent_mixins:
         model.reinit(absent_mixins)
-    loaded = sorted((own.keys() & set(incoming.names)) - set(mismatched))
-    unexpected = sorted({*(set(incoming.names) - own.keys()), *incoming.unread})
+    loaded = sorted((own.keys() & incoming.tensors.keys()) - set(mismatched))
+    unexpected = sorted({*(incoming.tensors.keys() - own.keys()), *incoming.unread})
     kinds = (loaded, missing, unexpected, mismatched, absent_mixins, incoming.notes)
     return LoadReport(*(tuple(kind) for kind in kinds))
 
@@ -83,7 +83,7 @@ def _fill(
     taken: dict[int, tuple[str, Tensor]] = {}
     mismatched: list[str] = []
     waiting: list[tuple[Tensor, Tensor]] = []
-    for name, tensor in incoming.read():
+    for name, tensor in incoming.tensors.items():
         if (target := own.get(name)) is None:
             continue
         tensor = tensor if resize is None else resize.apply(name, tensor, target)
@@ -104,7 +104,7 @@ def _fill(
     return mismatched
 
 
-def _targets(model: BaseModel) -> dict[str, Tensor]:
+def _targets(model: AnyModel) -> dict[str, Tensor]:
     """Return the tensors themselves that a state dict names."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     by_name = dict(tensors)
@@ -120,11 +120,11 @@ def _shared_storages(own: Mapping[str, Tensor]) -> set[int]:
 
 
 def _check_names(
-    model: BaseModel, own: Mapping[str, Tensor], incoming: Incoming, tolerance: Tolerance, what: str
+    model: AnyModel, own: Mapping[str, Tensor], incoming: Incoming, tolerance: Tolerance, what: str
 ) -> tuple[list[str], list[str]]:
     """Return the names that stay unfilled, and the mixins to initialise for it."""
-    missing = sorted(n for n in own.keys() - set(incoming.names) if not matches(n, incoming.derived))
-    unexpected = sorted({*(set(incoming.names) - own.keys()), *incoming.unread})
+    missing = sorted(n for n in own.keys() - incoming.tensors.keys() if not matches(n, incoming.derived))
+    unexpected = sorted({*(incoming.tensors.keys() - own.keys()), *incoming.unread})
     owners = {name: tolerance.reinitialises(name) for name in missing}
     bad_missing = [n for n in missing if not (owners[n] or matches(n, tolerance.may_miss))]
     bad_unexpected = [n for n in unexpected if not matches(n, tolerance.ignore)]

@@ -13,16 +13,15 @@ from sat_lightning.checkpoint.files import MAX_SHARD_SIZE, found_beside, open_we
 from sat_lightning.checkpoint.keymap import plan_export
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import CheckpointError, nearest
-from sat_lightning.model import BaseModel, registered_models
+from sat_lightning.model import registered_models
 from sat_lightning.model.keymap import KeyMap
+from sat_lightning.model.registry import AnyModel
 
 RECORD = "hugging_face"
 """Key of `config.extra` that keeps what our configuration does not say: their config.json, and the file's layout."""
 
 
-def find_key_map(
-    values: Mapping[str, Any], model_class: type[BaseModel] | None = None
-) -> tuple[type[BaseModel], KeyMap]:
+def find_key_map(values: Mapping[str, Any], model_class: type[AnyModel] | None = None) -> tuple[type[AnyModel], KeyMap]:
     """Find the class of ours and its table that read a Hugging Face folder.
 
     Args:
@@ -57,7 +56,7 @@ def find_key_map(
     )
 
 
-def import_config(model_class: type[BaseModel], key_map: KeyMap, values: Mapping[str, Any]) -> TransformerConfig:
+def import_config(model_class: type[AnyModel], key_map: KeyMap, values: Mapping[str, Any]) -> TransformerConfig:
     """Make our configuration from their config.json, which is kept in `extra` for the way back."""
     fields = key_map.config_from_hf(values)
     return model_class.config_class(**fields, extra={RECORD: {"config": dict(values)}})
@@ -84,7 +83,7 @@ def is_tied(values: Mapping[str, Any], key_map: KeyMap) -> bool:
 
 
 def save_huggingface(
-    model: BaseModel,
+    model: AnyModel,
     folder: str | os.PathLike[str],
     *,
     model_type: str | None = None,
@@ -107,7 +106,7 @@ def save_huggingface(
 def write_huggingface(
     tensors: Mapping[str, Tensor],
     config: TransformerConfig,
-    model_class: type[BaseModel],
+    model_class: type[AnyModel],
     folder: Path,
     model_type: str | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
@@ -132,7 +131,7 @@ def write_huggingface(
     write_json(folder / "config.json", values)
 
 
-def _choose_map(model_class: type[BaseModel], before: Mapping[str, Any], model_type: str | None) -> KeyMap:
+def _choose_map(model_class: type[AnyModel], before: Mapping[str, Any], model_type: str | None) -> KeyMap:
     wanted = model_type or before.get("model_type")
     if before and (model_type is None or before.get("model_type") == model_type):
         return find_key_map(before, model_class)[1]
@@ -149,7 +148,7 @@ def _choose_map(model_class: type[BaseModel], before: Mapping[str, Any], model_t
 
 
 def _export_config(
-    key_map: KeyMap, config: TransformerConfig, model_class: type[BaseModel], before: Mapping[str, Any]
+    key_map: KeyMap, config: TransformerConfig, model_class: type[AnyModel], before: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return their config.json: as it was read, but for what was changed since."""
     now = key_map.config_to_hf(config)

@@ -42,15 +42,16 @@ class Plan:
     is_untied: bool = False
     """Whether `write` met a pair that the configuration ties and the weights do not."""
 
-    def read(self, source: Mapping[str, Tensor], what: str) -> Iterator[tuple[str, Tensor]]:
-        """Yield our names and tensors from a file of theirs.
+    def read(self, source: Mapping[str, Tensor], what: str) -> ImportedTensors:
+        """Return our tensors from a file of theirs.
 
         Args:
             source: their tensors by name; each is asked for when its turn comes.
             what: the file, for messages.
 
         Raises:
-            CheckpointError: if a tensor has a shape the rule cannot use, or a redundant one says something else.
+            CheckpointError: if a redundant tensor says something else than the one it should equal, now; later, when a
+                tensor is asked for and has a shape that its rule cannot use.
         """
         for name, (template, value) in self.buffers.items():
             found = source[self.files.get(name, name)]
@@ -65,9 +66,7 @@ class Plan:
                     f"{what}: '{name}' and '{other}' differ, though its configuration ties them. Set "
                     "tie_word_embeddings to false in its config.json, or remove the one that is stale."
                 )
-        for group in self.groups:
-            tensors = [source[self.files.get(name, name)] for name in group.theirs]
-            yield from zip(group.ours, _apply(group, "from_hf", tensors, self.config, what), strict=True)
+        return ImportedTensors(self, source, what)
 
     def write(self, source: Mapping[str, Tensor], what: str) -> Iterator[tuple[str, Tensor]]:
         """Yield their names and tensors from a state dict of ours; see `read`."""
@@ -88,6 +87,29 @@ class Plan:
                 yield self.files.get(name, name), held.get(name, held[other]).clone()
         for name, (_, value) in self.buffers.items():
             yield self.files.get(name, name), value
+
+
+class ImportedTensors(Mapping[str, Tensor]):
+    """Our tensors, each made from theirs when it is asked for; those of one rule are made together."""
+
+    def __init__(self, plan: Plan, source: Mapping[str, Tensor], what: str) -> None:
+        self._plan, self._source, self._what = plan, source, what
+        self._places = {name: group for group in plan.groups for name in group.ours}
+        self._made: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._made:
+            group, files = self._places[name], self._plan.files
+            tensors = [self._source[files.get(theirs, theirs)] for theirs in group.theirs]
+            made = _apply(group, "from_hf", tensors, self._plan.config, self._what)
+            self._made = dict(zip(group.ours, made, strict=True))
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def plan_import(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from sat_lightning.checkpoint.migrate import migrate_sat
 from sat_lightning.checkpoint.report import LoadReport, Tolerance
 from sat_lightning.checkpoint.sat import CONFIG_NAME, is_sat_folder, open_sat
 from sat_lightning.errors import CheckpointError
-from sat_lightning.model import BaseModel
+from sat_lightning.model.registry import AnyModel
 
 Format = Literal["native", "sat", "hf"]
 
@@ -69,7 +69,7 @@ def find_format(path: Path) -> Format:
 
 
 def load_checkpoint(
-    model: BaseModel,
+    model: AnyModel,
     path: str | os.PathLike[str],
     strict: bool = True,
     *,
@@ -102,7 +102,7 @@ def load_checkpoint(
     return fit(model, incoming, tolerance, what=str(path))
 
 
-def open_incoming(source: Source, model: BaseModel, tolerance: Tolerance) -> Incoming:
+def open_incoming(source: Source, model: AnyModel, tolerance: Tolerance) -> Incoming:
     """Open the tensors that a source has for a model."""
     path, kind = source.path, find_format(source.path)
     own = model.state_dict()
@@ -126,10 +126,10 @@ def open_incoming(source: Source, model: BaseModel, tolerance: Tolerance) -> Inc
         prefix=source.prefix,
         what=str(path),
     )
-    return Incoming(tensors.keys(), lambda: iter(tensors.items()), notes=notes)
+    return Incoming(tensors, notes=notes)
 
 
-def _open_hf(path: Path, model: BaseModel, own: Mapping[str, Tensor], tolerance: Tolerance) -> Incoming:
+def _open_hf(path: Path, model: AnyModel, own: Mapping[str, Tensor], tolerance: Tolerance) -> Incoming:
     values = read_json(path / "config.json")
     _, key_map = find_key_map(values, type(model))
     tensors = open_huggingface(path)
@@ -138,10 +138,7 @@ def _open_hf(path: Path, model: BaseModel, own: Mapping[str, Tensor], tolerance:
         ignore=tolerance.ignore, strict=False,
     )  # fmt: skip
 
-    def read() -> Iterator[tuple[str, Tensor]]:
-        yield from plan.read(tensors, str(path))
-        if RECORD in model.config.extra:
-            model.config.extra[RECORD]["layout"] = plan.layout
-
-    names = [name for group in plan.groups for name in group.ours]
-    return Incoming(names, read, plan.unread, key_map.derived)
+    imported = plan.read(tensors, str(path))
+    if RECORD in model.config.extra:
+        model.config.extra[RECORD]["layout"] = plan.layout
+    return Incoming(imported, plan.unread, key_map.derived)

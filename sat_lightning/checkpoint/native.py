@@ -7,24 +7,27 @@ import inspect
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from sat_lightning.checkpoint.building import NoRandomFill
 from sat_lightning.checkpoint.files import MAX_SHARD_SIZE, write_json, write_weights
 from sat_lightning.checkpoint.migrate import FORMAT_VERSION
 from sat_lightning.config import TransformerConfig
-from sat_lightning.errors import CheckpointError, SatError
-from sat_lightning.model import BaseMixin, BaseModel
+from sat_lightning.errors import CheckpointError
+from sat_lightning.model import BaseMixin, ComposedModel, find_model
+from sat_lightning.model.registry import AnyModel
 
+T = TypeVar("T")
 CONFIG_NAME = "model_config.json"
-FORMAT_KEYS = ("format_version", "added_mixins", "removed_mixins")
+FORMAT_KEYS = ("format_version", "added_mixins", "removed_mixins", "parts")
 """What model_config.json holds beside the configuration."""
 
 _MODEL_CONFIG = {"is": "the model's config"}
 
 
-def save_pretrained(model: BaseModel, folder: str | os.PathLike[str], *, max_shard_size: int = MAX_SHARD_SIZE) -> None:
+def save_pretrained(model: AnyModel, folder: str | os.PathLike[str], *, max_shard_size: int = MAX_SHARD_SIZE) -> None:
     """Write a model folder; each file appears whole, or not at all.
 
     Args:
@@ -39,24 +42,87 @@ def save_pretrained(model: BaseModel, folder: str | os.PathLike[str], *, max_sha
     write_json(folder / CONFIG_NAME, describe(model))
 
 
-def describe(model: BaseModel) -> dict[str, Any]:
+def describe(model: AnyModel) -> dict[str, Any]:
     """Return what `model_config.json` says of a model."""
-    added, removed = _compare_mixins(model)
-    values = model.config.to_dict(model_class=type(model).__name__)
-    return values | {"format_version": FORMAT_VERSION, "added_mixins": added, "removed_mixins": removed}
+    values = model.config.to_dict(model_class=type(model).__name__) | {"format_version": FORMAT_VERSION}
+    if parts := _part_names(type(model)):
+        own: dict[str, Any] = {}
+        values["parts"] = {name: describe(getattr(model, name)) for name in parts}
+    else:
+        own = _own_mixins(model)
+    present, waiting, kept = [] if parts else all_mixins(model), list(own.items()), []
+    while present and (entry := (present[0][0], type(present[0][1]))) in waiting:
+        waiting = waiting[waiting.index(entry) + 1 :]  # the order is part of the behaviour
+        kept.append(present.pop(0)[0])
+    return values | {
+        "added_mixins": [_record(name, mixin, _owner_config(model, name)) for name, mixin in present],
+        "removed_mixins": [name for name in own if name not in kept],
+    }
 
 
-def rebuild_mixins(model: BaseModel, values: Mapping[str, Any], what: str) -> None:
-    """Remove and add what a folder says, in its order.
+def build(model_class: type[AnyModel], config: TransformerConfig, values: Mapping[str, Any], what: str) -> AnyModel:
+    """Build a model as a folder says, without its weights.
 
     Args:
-        model: freshly built.
+        model_class: the class; another one than the folder names gets none of the folder's mixins.
+        config: of the model.
         values: of `model_config.json`.
         what: the file, for messages.
+
+    Returns:
+        The model.
 
     Raises:
         CheckpointError: if a mixin's class or settings are not known here.
     """
+    if "parts" in values:
+        parts: dict[str, Any] = {name: build_described(part, what) for name, part in values["parts"].items()}
+        return model_class(**parts)
+    model = model_class(config)
+    if values.get("model_class") == model_class.__name__:
+        _rebuild_mixins(model, values, what)
+    return model
+
+
+def build_described(values: Mapping[str, Any], what: str) -> AnyModel:
+    """Build the model that `describe` described."""
+    model_class = find_model(values["model_class"])
+    fields = {key: value for key, value in values.items() if key not in FORMAT_KEYS}
+    return build(model_class, model_class.config_class.from_dict(fields), values, what)
+
+
+def _part_names(model_class: type[AnyModel]) -> list[str]:
+    """Return the models that a class is built from, if it is not built from a configuration."""
+    names = list(inspect.signature(model_class).parameters)
+    return names if issubclass(model_class, ComposedModel) and "config" not in names else []
+
+
+def _own_mixins(model: AnyModel) -> dict[str, type[BaseMixin]]:
+    """Return the mixins that the class builds by itself."""
+    try:
+        with NoRandomFill():
+            return {name: type(mixin) for name, mixin in all_mixins(type(model)(model.config))}
+    except TypeError:  # it asks for more than a configuration, so only the caller can build it
+        return {name: type(mixin) for name, mixin in all_mixins(model)}
+
+
+def all_mixins(model: AnyModel) -> list[tuple[str, BaseMixin]]:
+    """Return the mixins of a model, those of a part as `<part>.<name>`."""
+    if isinstance(model, ComposedModel):
+        return [(f"{part}.{n}", mixin) for part, inner in model.parts.items() for n, mixin in all_mixins(inner)]
+    return list(model.mixins.items())  # type: ignore[arg-type]
+
+
+def _owner_config(model: AnyModel, name: str) -> TransformerConfig:
+    """Return the configuration of the part that holds a mixin."""
+    while isinstance(model, ComposedModel):
+        part, _, name = name.partition(".")
+        model = model.parts[part]
+    return model.config
+
+
+def _rebuild_mixins(model: AnyModel, values: Mapping[str, Any], what: str) -> None:
+    """Remove and add what a folder says, in its order."""
     for name in values.get("removed_mixins", ()):
         model.del_mixin(name)
     for entry in values.get("added_mixins", ()):
@@ -67,25 +133,13 @@ def rebuild_mixins(model: BaseModel, values: Mapping[str, Any], what: str) -> No
                 "and load with load_checkpoint(model, folder)."
             )
         mixin_class = _find_mixin(entry["class_path"], entry["name"], what)
-        settings: dict[str, Any] = {
-            k: model.config if v == _MODEL_CONFIG else _decode(v) for k, v in entry["init_args"].items()
-        }
-        positional: list[Any] = settings.pop("*", [])
+        recorded, config = entry["init_args"].items(), _owner_config(model, entry["name"])
+        settings: dict[str, Any] = {k: config if v == _MODEL_CONFIG else _decode(v, what) for k, v in recorded}
+        positional: list[Any] = []
+        if "*" in settings:  # all that stand before it go by position too
+            names = list(settings)
+            positional = [settings.pop(name) for name in names[: names.index("*")]] + settings.pop("*")
         model.add_mixin(entry["name"], mixin_class(*positional, **settings))
-
-
-def _compare_mixins(model: BaseModel) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the mixins that the class does not build itself, and those it builds that are gone."""
-    try:
-        with torch.device("meta"):
-            own = {name: type(mixin) for name, mixin in type(model)(model.config).mixins.items()}
-    except (TypeError, SatError):  # a class that is not built from its configuration alone: nothing can rebuild it
-        return [], []
-    present, waiting, kept = list(model.mixins.items()), list(own.items()), []
-    while present and (entry := (present[0][0], type(present[0][1]))) in waiting:
-        waiting = waiting[waiting.index(entry) + 1 :]  # the order is part of the behaviour
-        kept.append(present.pop(0)[0])
-    return [_record(name, mixin, model.config) for name, mixin in present], [n for n in own if n not in kept]
 
 
 def _record(name: str, mixin: Any, config: TransformerConfig) -> dict[str, Any]:
@@ -100,13 +154,14 @@ def _record(name: str, mixin: Any, config: TransformerConfig) -> dict[str, Any]:
         else:
             settings["*" if kind is inspect.Parameter.VAR_POSITIONAL else key] = value
     try:
-        encoded = {
-            k: _MODEL_CONFIG if isinstance(v, TransformerConfig) and v == config else _encode(v)
-            for k, v in settings.items()
-        }
+        encoded = {k: _MODEL_CONFIG if _is_config(v, config) else _encode(v) for k, v in settings.items()}
     except TypeError as error:
         return entry | {"init_args": None, "unrecorded": str(error)}
     return entry | {"init_args": encoded}
+
+
+def _is_config(value: Any, config: TransformerConfig) -> bool:
+    return isinstance(value, TransformerConfig) and value == config
 
 
 def _encode(value: Any) -> Any:
@@ -118,15 +173,27 @@ def _encode(value: Any) -> Any:
         return {key: _encode(one) for key, one in value.items()}
     if isinstance(value, torch.dtype):
         return {"is": str(value)}
+    if isinstance(value, TransformerConfig):
+        return {"is": "a config", "class": type(value).__name__, "values": value.to_dict(everything=True)}
+    if isinstance(value, AnyModel):
+        return {"is": "a model", "model": describe(value)}
     raise TypeError(f"a {type(value).__name__}")
 
 
-def _decode(value: Any) -> Any:
+def _decode(value: Any, what: str) -> Any:
+    if isinstance(value, dict) and value.get("is") == "a model":
+        return build_described(value["model"], what)
+    if isinstance(value, dict) and value.get("is") == "a config":
+        classes: list[type[TransformerConfig]] = [TransformerConfig, *_subclasses(TransformerConfig)]
+        for cls in classes:
+            if cls.__name__ == value["class"]:
+                return cls.from_dict(value["values"])
+        raise CheckpointError(f"{what}: there is no configuration class '{value['class']}'. Import its module before.")
     if isinstance(value, dict) and value.keys() == {"is"} and isinstance(value["is"], str):
         return getattr(torch, value["is"].removeprefix("torch."))
     if isinstance(value, dict):
-        return {key: _decode(one) for key, one in value.items()}
-    return [_decode(one) for one in value] if isinstance(value, list) else value
+        return {key: _decode(one, what) for key, one in value.items()}
+    return [_decode(one, what) for one in value] if isinstance(value, list) else value
 
 
 def _find_mixin(path: str, name: str, what: str) -> type[BaseMixin]:
@@ -145,7 +212,7 @@ def _find_mixin(path: str, name: str, what: str) -> type[BaseMixin]:
     )
 
 
-def _subclasses(cls: type[BaseMixin]) -> Iterator[type[BaseMixin]]:
+def _subclasses(cls: type[T]) -> Iterator[type[T]]:
     for sub in cls.__subclasses__():
         yield sub
         yield from _subclasses(sub)

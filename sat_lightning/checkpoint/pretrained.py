@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
-from torch.overrides import TorchFunctionMode
 
 import sat_lightning.models  # noqa: F401  (registers the families that a folder may name)
+from sat_lightning.checkpoint.building import NoRandomFill
 from sat_lightning.checkpoint.files import found_beside, read_json
 from sat_lightning.checkpoint.fitting import fit
 from sat_lightning.checkpoint.hub import locate
 from sat_lightning.checkpoint.huggingface import find_key_map, import_config
 from sat_lightning.checkpoint.loading import Format, Source, find_format, open_incoming
 from sat_lightning.checkpoint.migrate import migrate_native
-from sat_lightning.checkpoint.native import CONFIG_NAME, FORMAT_KEYS, rebuild_mixins
+from sat_lightning.checkpoint.native import CONFIG_NAME, FORMAT_KEYS, all_mixins, build
 from sat_lightning.checkpoint.report import Tolerance
 from sat_lightning.checkpoint.resize import PositionFill, Resize, VocabularyFill, round_up
 from sat_lightning.checkpoint.sat import find_config
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import CheckpointError
-from sat_lightning.model import BaseModel, find_model
+from sat_lightning.model import find_model
 from sat_lightning.model.keymap import KeyMap
+from sat_lightning.model.registry import AnyModel
 
 __all__ = ["AutoModel", "from_pretrained"]
 _READING = tuple(field.name for field in fields(Source) if field.name != "path")
@@ -39,13 +39,13 @@ class Blueprint:
 
     kind: Format
     values: Mapping[str, Any]
-    model_class: type[BaseModel]
+    model_class: type[AnyModel]
     config: TransformerConfig
     key_map: KeyMap | None = None
 
 
 def from_pretrained(
-    model_class: type[BaseModel] | None,
+    model_class: type[AnyModel] | None,
     name: str | os.PathLike[str],
     *,
     build_only: bool = False,
@@ -57,7 +57,7 @@ def from_pretrained(
     url: str | None = None,
     offline: bool | None = None,
     **options: Any,
-) -> BaseModel:
+) -> AnyModel:
     """Build the model of a checkpoint, and load its weights; `BaseModel.from_pretrained` describes the arguments."""
     reading = {key: options.pop(key) for key in _READING if key in options}
     tolerance = Tolerance(**{key: options.pop(key) for key in _TOLERANCE if key in options})
@@ -71,9 +71,9 @@ def from_pretrained(
     before, plan.config = plan.config, plan.config.replace(**options)
     resize = Resize(before, plan.config, resize_vocab, resize_positions)
     if build_only:
-        return _build(plan, str(path)).eval()
+        return build_model(plan, str(path)).eval()
     keeps_some = tolerance != Tolerance() or resize.needs_initial_values
-    model = _build(plan, str(path)) if keeps_some else _build_empty(plan, str(path))
+    model = build_model(plan, str(path)) if keeps_some else build_empty(plan, str(path))
     incoming = open_incoming(Source(path, **reading), model, tolerance)
     model.load_report = fit(model, incoming, tolerance, what=str(path), resize=resize, adopts=True, dtype=dtype)
     if isinstance(dtype, torch.dtype):
@@ -85,7 +85,7 @@ class AutoModel:
     """Build the model that a checkpoint names."""
 
     @classmethod
-    def from_pretrained(cls, name: str | os.PathLike[str], **options: Any) -> BaseModel:
+    def from_pretrained(cls, name: str | os.PathLike[str], **options: Any) -> AnyModel:
         """Build the model class that a checkpoint names, and load its weights.
 
         Args:
@@ -102,7 +102,7 @@ class AutoModel:
         return from_pretrained(None, name, **options)
 
 
-def read_blueprint(path: Path, model_class: type[BaseModel] | None = None) -> Blueprint:
+def read_blueprint(path: Path, model_class: type[AnyModel] | None = None) -> Blueprint:
     """Read what a checkpoint says about its model.
 
     Args:
@@ -141,41 +141,22 @@ def read_blueprint(path: Path, model_class: type[BaseModel] | None = None) -> Bl
     )
 
 
-def _build(plan: Blueprint, what: str) -> BaseModel:
+def build_model(plan: Blueprint, what: str) -> AnyModel:
+    """Build the model of a blueprint, with initial values."""
+    if plan.kind == "native":
+        return build(plan.model_class, plan.config, plan.values, what)
     model = plan.model_class(plan.config)
-    if plan.kind == "native" and plan.values.get("model_class") == plan.model_class.__name__:
-        rebuild_mixins(model, plan.values, what)
     if plan.key_map is not None:
-        for name in plan.key_map.without:
-            if name in model.mixins:
-                model.del_mixin(name)
+        names = [name for name, _ in all_mixins(model)]
+        for name in [name for name in plan.key_map.without if name in names]:
+            model.del_mixin(name)
         for name, make in plan.key_map.adds.items():
-            if name not in model.mixins:
+            if name not in names:
                 model.add_mixin(name, make(model.config))
     return model
 
 
-def _build_empty(plan: Blueprint, what: str) -> BaseModel:
+def build_empty(plan: Blueprint, what: str) -> AnyModel:
     """Build without drawing initial values: every parameter is about to be read."""
-    with _NoRandomFill():
-        return _build(plan, what)
-
-
-class _NoRandomFill(TorchFunctionMode):
-    """Leaves parameters as they were allocated where an initialiser would fill them at random."""
-
-    _FILLS = frozenset({
-        torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.exponential_, torch.Tensor.bernoulli_,
-        torch.nn.init.normal_, torch.nn.init.uniform_, torch.nn.init.trunc_normal_, torch.nn.init.xavier_normal_,
-        torch.nn.init.xavier_uniform_, torch.nn.init.kaiming_normal_, torch.nn.init.kaiming_uniform_,
-        torch.nn.init.orthogonal_,
-    })  # fmt: skip
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        target = args[0] if args else kwargs.get("tensor")
-        if func in self._FILLS and isinstance(target, nn.Parameter):
-            return target
-        return func(*args, **kwargs)
+    with NoRandomFill():
+        return build_model(plan, what)

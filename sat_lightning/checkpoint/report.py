@@ -61,9 +61,10 @@ class Tolerance:
     def reinitialises(self, name: str) -> str | None:
         """Return the mixin that owns `name` and may be without weights, or None."""
         parts = name.split(".")
-        mixin = parts[parts.index("mixins") + 1] if "mixins" in parts[:-1] else None
-        if mixin is None or self.reinit is False:
+        if "mixins" not in parts[:-1] or self.reinit is False:
             return None
+        start = parts.index("mixins")
+        mixin = ".".join([*parts[:start], parts[start + 1]])  # "head", or "decoder.head" of a composed model
         return mixin if self.reinit is True or mixin in self.reinit else None
 
 

@@ -13,7 +13,7 @@ from sat_lightning.checkpoint.files import found_beside, open_tensors, write_jso
 from sat_lightning.checkpoint.partition import MergedTensors, split_tensors
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import CheckpointError
-from sat_lightning.model import BaseModel
+from sat_lightning.model.registry import AnyModel
 
 CONFIG_NAME = "model_config.json"
 PARTITION_NAME = "mp_rank_{:02d}_model_states.pt"
@@ -104,7 +104,7 @@ def open_sat(
 
 
 def save_sat(
-    model: BaseModel,
+    model: AnyModel,
     folder: str | os.PathLike[str],
     model_parallel_size: int = 1,
     step: int | str = 1,

@@ -12,9 +12,10 @@ from sat_lightning.hooks import HookTable, explain
 from sat_lightning.model.base import BaseModel, read_config
 from sat_lightning.model.keymap import KeyMap
 from sat_lightning.model.mixin import BaseMixin
+from sat_lightning.model.persistence import Persistent
 
 
-class ComposedModel(nn.Module):
+class ComposedModel(Persistent, nn.Module):
     """Several models under one roof, each with its backbone, its hooks and its mixins.
 
     A mixin is named with its part: `model.add_mixin("decoder.lora", mixin)` is `model.decoder.add_mixin("lora",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from sat_lightning.errors import CheckpointError
 
@@ -51,6 +51,9 @@ def persistence() -> Persistence:
     return _slot[0]
 
 
+T = TypeVar("T", bound="Persistent")
+
+
 class Persistent:
     """The methods of a model that read and write checkpoints."""
 
@@ -58,7 +61,7 @@ class Persistent:
     load_report: Any = None
 
     @classmethod
-    def from_pretrained(cls, name: str | os.PathLike[str], **options: Any) -> Any:
+    def from_pretrained(cls: type[T], name: str | os.PathLike[str], **options: Any) -> T:
         """Build this class with the architecture of a checkpoint, and load its weights.
 
         Args:
