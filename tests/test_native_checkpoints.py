@@ -25,7 +25,7 @@ class Scale(BaseMixin):
     def __init__(self, config, factors=(1.0,), *rest, dtype=torch.float32, table=None):
         super().__init__()
         self.settings = (tuple(factors), rest, dtype, table)
-        self.scale = torch.nn.Parameter(torch.zeros(config.hidden_size, dtype=dtype))
+        self.scale = torch.nn.Parameter(torch.zeros(config.hidden_size))
 
     @non_conflict
     def mlp_forward(self, hidden_states, old_impl=None, **kw):
