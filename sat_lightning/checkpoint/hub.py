@@ -14,9 +14,6 @@ import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from filelock import FileLock
-
-from sat_lightning.checkpoint.download import download, unzip
 from sat_lightning.checkpoint.files import read_json
 from sat_lightning.checkpoint.known_models import KNOWN_MODELS, KnownModel
 from sat_lightning.errors import CheckpointError, nearest
@@ -121,6 +118,10 @@ def _locate_address(
         raise CheckpointError(
             f"'{what}' is not in {home}, and the network is off (SAT_OFFLINE). Put it there as {folder}."
         )
+    from filelock import FileLock  # what only a download needs is not loaded before one
+
+    from sat_lightning.checkpoint.download import download, unzip
+
     _make(home / ".locks")
     with FileLock(home / ".locks" / f"{folder.name}.lock"):
         if not folder.exists():  # another process may have fetched it meanwhile
