@@ -27,7 +27,10 @@ from torch.testing import assert_close
 from sat_lightning import AutoModel
 from sat_lightning.checkpoint import load_checkpoint
 from sat_lightning.model import find_model
+from sat_lightning.models import import_families
 from tests import golden_mixins as user
+
+import_families()
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 #: Case -> configuration -> the mixins that a user adds by hand, in order.

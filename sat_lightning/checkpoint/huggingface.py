@@ -16,6 +16,7 @@ from sat_lightning.errors import CheckpointError, nearest
 from sat_lightning.model import registered_models
 from sat_lightning.model.keymap import KeyMap
 from sat_lightning.model.registry import AnyModel
+from sat_lightning.models import import_families
 
 RECORD = "hugging_face"
 """Key of `config.extra` that keeps what our configuration does not say: their config.json, and the file's layout."""
@@ -35,6 +36,7 @@ def find_key_map(values: Mapping[str, Any], model_class: type[AnyModel] | None =
         CheckpointError: if no table answers.
     """
     model_type, architectures = values.get("model_type"), values.get("architectures") or []
+    import_families()
     # A subclass inherits tables, but the family itself answers for them.
     answering = (
         [model_class] if model_class else [cls for cls in registered_models().values() if "key_maps" in vars(cls)]

@@ -18,6 +18,7 @@ from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import CheckpointError
 from sat_lightning.model import BaseMixin, ComposedModel, find_model
 from sat_lightning.model.registry import AnyModel
+from sat_lightning.models import import_families
 
 T = TypeVar("T")
 CONFIG_NAME = "model_config.json"
@@ -86,6 +87,7 @@ def build(model_class: type[AnyModel], config: TransformerConfig, values: Mappin
 
 def build_described(values: Mapping[str, Any], what: str) -> AnyModel:
     """Build the model that `describe` described."""
+    import_families()
     model_class = find_model(values["model_class"])
     fields = {key: value for key, value in values.items() if key not in FORMAT_KEYS}
     return build(model_class, model_class.config_class.from_dict(fields), values, what)

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 
-import sat_lightning.models  # noqa: F401  (registers the families that a folder may name)
 from sat_lightning.checkpoint.building import NoRandomFill
 from sat_lightning.checkpoint.files import found_beside, read_json
 from sat_lightning.checkpoint.fitting import fit
@@ -27,6 +26,7 @@ from sat_lightning.errors import CheckpointError
 from sat_lightning.model import find_model
 from sat_lightning.model.keymap import KeyMap
 from sat_lightning.model.registry import AnyModel
+from sat_lightning.models import import_families
 
 __all__ = ["AutoModel", "from_pretrained"]
 _READING = tuple(field.name for field in fields(Source) if field.name != "path")
@@ -116,6 +116,7 @@ def read_blueprint(path: Path, model_class: type[AnyModel] | None = None) -> Blu
         CheckpointError: if there is no configuration, or it names no class.
         ConfigError: if it names an unknown one.
     """
+    import_families()
     kind = find_format(path)
     if kind == "hf":
         values = read_json(path / "config.json")

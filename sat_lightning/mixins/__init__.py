@@ -1,16 +1,22 @@
-"""One idea, one file: changes that fit any model."""
+"""One idea, one file: changes that fit any model; each is loaded when it is first asked for."""
 
-from sat_lightning.mixins.gated_mlp import GatedMLPMixin
-from sat_lightning.mixins.lm_head import LMHeadMixin
-from sat_lightning.mixins.local_attention import LocalAttentionMixin
-from sat_lightning.mixins.masked_lm_head import MaskedLMHeadMixin
-from sat_lightning.mixins.past_key_values import PastKeyValuesMixin
-from sat_lightning.mixins.pooler import PoolerMixin
-from sat_lightning.mixins.qk_norm import QKNormMixin
-from sat_lightning.mixins.relative_bias import RelativeBiasMixin
-from sat_lightning.mixins.rotary import RotaryMixin
-from sat_lightning.mixins.routing import TopKRoutingMixin
-from sat_lightning.mixins.token_types import TokenTypesMixin
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sat_lightning.mixins.gated_mlp import GatedMLPMixin
+    from sat_lightning.mixins.lm_head import LMHeadMixin
+    from sat_lightning.mixins.local_attention import LocalAttentionMixin
+    from sat_lightning.mixins.masked_lm_head import MaskedLMHeadMixin
+    from sat_lightning.mixins.past_key_values import PastKeyValuesMixin
+    from sat_lightning.mixins.pooler import PoolerMixin
+    from sat_lightning.mixins.qk_norm import QKNormMixin
+    from sat_lightning.mixins.relative_bias import RelativeBiasMixin
+    from sat_lightning.mixins.rotary import RotaryMixin
+    from sat_lightning.mixins.routing import TopKRoutingMixin
+    from sat_lightning.mixins.token_types import TokenTypesMixin
 
 __all__ = [
     "GatedMLPMixin",
@@ -25,3 +31,29 @@ __all__ = [
     "TokenTypesMixin",
     "TopKRoutingMixin",
 ]
+
+# The names of each module.
+_LAZY = {
+    "gated_mlp": "GatedMLPMixin",
+    "lm_head": "LMHeadMixin",
+    "local_attention": "LocalAttentionMixin",
+    "masked_lm_head": "MaskedLMHeadMixin",
+    "past_key_values": "PastKeyValuesMixin",
+    "pooler": "PoolerMixin",
+    "qk_norm": "QKNormMixin",
+    "relative_bias": "RelativeBiasMixin",
+    "rotary": "RotaryMixin",
+    "routing": "TopKRoutingMixin",
+    "token_types": "TokenTypesMixin",
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _LAZY.items():
+        if name in names.split():
+            return getattr(importlib.import_module(f"sat_lightning.mixins.{module}"), name)
+    raise AttributeError(f"module 'sat_lightning.mixins' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

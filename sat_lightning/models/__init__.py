@@ -1,20 +1,30 @@
-"""One family, one file: what differs from the plain transformer."""
+"""One family, one file: what differs from the plain transformer.
+
+A family is loaded when it is first asked for; `import_families` loads all, for who must know every name.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from sat_lightning.model import BaseModel
-from sat_lightning.models.bert import BertModel
-from sat_lightning.models.chatglm import ChatGLMModel
-from sat_lightning.models.chatglm2 import ChatGLM2Model, ChatGLM3Model, ChatGLM4Model
-from sat_lightning.models.distill import DistillModel
-from sat_lightning.models.dpr import DPRContextEncoder, DPRQuestionEncoder, DPRReader
-from sat_lightning.models.encoder_decoder import EncoderDecoderModel
-from sat_lightning.models.glm import GLMModel
-from sat_lightning.models.glm130b import GLM130B
-from sat_lightning.models.gpt2 import GPT2Model
-from sat_lightning.models.gptneo import GPTNeoModel
-from sat_lightning.models.llama import LLaMAModel
-from sat_lightning.models.mixtral import MixtralModel
-from sat_lightning.models.roberta import RobertaModel
-from sat_lightning.models.t5 import T5Model
+
+if TYPE_CHECKING:
+    from sat_lightning.models.bert import BertModel
+    from sat_lightning.models.chatglm import ChatGLMModel
+    from sat_lightning.models.chatglm2 import ChatGLM2Model, ChatGLM3Model, ChatGLM4Model
+    from sat_lightning.models.distill import DistillModel
+    from sat_lightning.models.dpr import DPRContextEncoder, DPRQuestionEncoder, DPRReader
+    from sat_lightning.models.encoder_decoder import EncoderDecoderModel
+    from sat_lightning.models.glm import GLMModel
+    from sat_lightning.models.glm130b import GLM130B
+    from sat_lightning.models.gpt2 import GPT2Model
+    from sat_lightning.models.gptneo import GPTNeoModel
+    from sat_lightning.models.llama import LLaMAModel
+    from sat_lightning.models.mixtral import MixtralModel
+    from sat_lightning.models.roberta import RobertaModel
+    from sat_lightning.models.t5 import T5Model
 
 __all__ = [
     "GLM130B",
@@ -37,3 +47,38 @@ __all__ = [
     "RobertaModel",
     "T5Model",
 ]
+
+# The names of each module.
+_LAZY = {
+    "bert": "BertModel",
+    "chatglm": "ChatGLMModel",
+    "chatglm2": "ChatGLM2Model ChatGLM3Model ChatGLM4Model",
+    "distill": "DistillModel",
+    "dpr": "DPRContextEncoder DPRQuestionEncoder DPRReader",
+    "encoder_decoder": "EncoderDecoderModel",
+    "glm": "GLMModel",
+    "glm130b": "GLM130B",
+    "gpt2": "GPT2Model",
+    "gptneo": "GPTNeoModel",
+    "llama": "LLaMAModel",
+    "mixtral": "MixtralModel",
+    "roberta": "RobertaModel",
+    "t5": "T5Model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _LAZY.items():
+        if name in names.split():
+            return getattr(importlib.import_module(f"sat_lightning.models.{module}"), name)
+    raise AttributeError(f"module 'sat_lightning.models' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def import_families() -> None:
+    """Load every family, which registers its classes by name."""
+    for module in _LAZY:
+        importlib.import_module(f"sat_lightning.models.{module}")
