@@ -12,9 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from tests.zero_cases import MATRIX, NUM_STEPS, Case, run_case
+from sat_lightning.checkpoint import load_checkpoint
+from sat_lightning.training.zero_shards import ShardFiles
+from tests.zero_cases import FAMILIES, MATRIX, NUM_STEPS, Case, run_case
 
+RANK_VARIABLES = {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK"}
 ROOT = Path(__file__).resolve().parents[1]
 #: Every strategy once, and each value of everything else with some strategy.
 QUICK = [
@@ -23,16 +28,34 @@ QUICK = [
     Case("zero_1", "32-true", 3, "gpt2"),
     Case("zero_2", "bf16-mixed", 3, "gpt2_with_mixins"),
     Case("zero_3", "32-true", 3, "gpt2"),
-    Case("zero_3", "bf16-mixed", 1, "gpt2_with_mixins"),
+    Case("zero_3", "bf16-mixed", 1, "tied_with_list"),
+]
+#: What two processes resume that another stage, another number of ranks or another strategy has saved.
+FROM_ELSEWHERE = [
+    ("one to two", Case("zero_3"), "one"),
+    ("one to two, other stage", Case("zero_1"), "one"),
+    ("stage 3 to 2", Case("zero_2", "32-true", 3), str(Case("zero_3", "32-true", 3))),
+    ("file to stage 2", Case("zero_2", "32-true", 3, "gpt2_with_mixins"), str(QUICK[0])),
+]
+#: What one process resumes that two have saved.
+TO_ONE = [
+    (Case("zero_1", "32-true", 3), Case("zero_3", "32-true", 3)),
+    (Case("zero_3", "bf16-mixed", 1, "tied_with_list"), Case("zero_3", "bf16-mixed", 1, "tied_with_list")),
+    (Case("zero_0", "32-true", 3), Case("zero_2", "32-true", 3)),
 ]
 #: Relative difference of a loss from one process in fp32; in bf16 weights have 8 bits.
 TOLERANCES = {"32-true": 2e-5, "bf16-mixed": 2e-2}
 
 
-def run_in_two_processes(folder: Path, cases: list[Case]) -> dict[str, Any]:
-    (folder / "cases.json").write_text(json.dumps([asdict(case) for case in cases]))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
-    command = [sys.executable, "-m", "tests.zero_worker", str(folder / "cases.json"), str(folder / "results.json")]
+def job(case: Case, name: str | None = None, **arguments: str) -> dict[str, Any]:
+    return {"name": name or str(case), "case": asdict(case), **arguments}
+
+
+def run_in_two_processes(folder: Path, jobs: list[dict[str, Any]]) -> dict[str, Any]:
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    ours = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
+    environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES} | ours
+    command = [sys.executable, "-m", "tests.zero_worker", str(folder / "jobs.json"), str(folder / "results.json")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((folder / "results.json").read_text())
@@ -52,8 +75,22 @@ def check(case: Case, found: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def quick_results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_in_two_processes(tmp_path_factory.mktemp("quick"), QUICK)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("zero")
+
+
+@pytest.fixture(scope="module")
+def quick_results(folder: Path) -> dict[str, Any]:
+    """One process writes a checkpoint; two processes run all of `QUICK`, resume theirs, each other's and that one."""
+    from_one = run_case(Case("zero_3"), 1, 0, folder=str(folder / "one"))
+    jobs = [job(case, folder=str(folder / str(case))) for case in QUICK]
+    for case in QUICK:
+        if case.strategy.startswith("zero"):
+            at = {"folder": str(folder / f"resumed-{case}"), "resume": str(folder / str(case) / "middle.ckpt")}
+            jobs.append(job(case, f"resumed-{case}", **at))
+    for name, case, source in FROM_ELSEWHERE:
+        jobs.append(job(case, name, folder=str(folder / name), resume=str(folder / source / "middle.ckpt")))
+    return run_in_two_processes(folder, jobs) | {"one": from_one}
 
 
 @pytest.mark.timeout(900)
@@ -62,9 +99,81 @@ def test_two_processes_learn_what_one_learns(quick_results: dict[str, Any], case
     check(case, quick_results[str(case)])
 
 
+def everything_in(path: Path) -> dict[str, Any]:
+    """All weights, moments and counts of a checkpoint."""
+    shards = ShardFiles(path)
+    tensors = {(name, kind): shards.whole(name, kind) for name in shards.names for kind in shards.kinds(name)}
+    return tensors | {(name, "scalars"): shards.scalars(name) for name in shards.names}
+
+
+def assert_same(path: Path, other: Path) -> None:
+    found, expected = everything_in(path), everything_in(other)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        is_same = torch.equal(found[key], value) if torch.is_tensor(value) else found[key] == value
+        assert is_same, key
+    assert any(kind == "exp_avg_sq" for _, kind in found)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("case", [case for case in QUICK if case.strategy.startswith("zero")], ids=str)
+def test_resumed_run_is_the_unbroken_run_bit_for_bit(quick_results: dict[str, Any], folder: Path, case: Case) -> None:
+    resumed = quick_results[f"resumed-{case}"]
+    assert "error" not in resumed, resumed["error"]
+    num_left = len(resumed["losses"])
+    assert 0 < num_left < len(quick_results[str(case)]["losses"])
+    assert resumed["losses"] == quick_results[str(case)]["losses"][-num_left:]
+    assert_same(folder / f"resumed-{case}" / "start.ckpt", folder / str(case) / "middle.ckpt")
+    assert_same(folder / f"resumed-{case}" / "end.ckpt", folder / str(case) / "end.ckpt")
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("name", "case", "source"), FROM_ELSEWHERE, ids=[name for name, *_ in FROM_ELSEWHERE])
+def test_resume_from_other_ranks_and_stages(
+    quick_results: dict[str, Any], folder: Path, name: str, case: Case, source: str
+) -> None:
+    resumed = quick_results[name]
+    assert "error" not in resumed, resumed["error"]
+    unbroken = quick_results[source]["losses"]
+    assert resumed["losses"] == pytest.approx(unbroken[-len(resumed["losses"]) :], rel=TOLERANCES[case.precision])
+    saved = folder / source / "middle.ckpt"
+    if saved.is_dir():
+        assert_same(folder / name / "start.ckpt", saved)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("source", "case"), TO_ONE, ids=str)
+def test_one_process_resumes_what_two_saved(
+    quick_results: dict[str, Any], folder: Path, tmp_path: Path, source: Case, case: Case
+) -> None:
+    saved = folder / str(source) / "middle.ckpt"
+    resumed = run_case(case, 1, 0, folder=str(tmp_path), resume=str(saved))
+    unbroken = quick_results[str(source)]["losses"]
+    assert resumed["losses"] == pytest.approx(unbroken[-len(resumed["losses"]) :], rel=TOLERANCES[case.precision])
+    assert_same(tmp_path / "start.ckpt", saved)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("case", [case for case in QUICK if case.strategy.startswith("zero")], ids=str)
+def test_consolidated_weights_are_the_model(quick_results: dict[str, Any], folder: Path, case: Case) -> None:
+    """Tied, frozen and persistent ones included, in the model's own names, in fp32 where the optimizer has that."""
+    saved = folder / str(case) / "end.ckpt"
+    tensors, shards = load_file(saved / "model.safetensors"), ShardFiles(saved)
+    task = FAMILIES[case.family]()
+    task.configure_model()
+    report = load_checkpoint(task.model, saved)
+    assert not report.missing and not report.unexpected
+    assert tensors.keys() == task.model.state_dict().keys()
+    assert {f"model.{name}" for name in tensors} >= set(shards.names)
+    for name in shards.names:
+        assert torch.equal(tensors[name.removeprefix("model.")], shards.whole(name)), name
+    trained = {name for name, parameter in task.model.named_parameters() if parameter.requires_grad}
+    assert {tensors[name].dtype for name in trained} == {torch.float32}
+
+
 @pytest.fixture(scope="module")
 def all_results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_in_two_processes(tmp_path_factory.mktemp("matrix"), MATRIX)
+    return run_in_two_processes(tmp_path_factory.mktemp("matrix"), [job(case) for case in MATRIX])
 
 
 @pytest.mark.slow

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
-from sat_lightning.training import LanguageModelingTask
-from tests.training_examples import ScaleMixin, counting_rows, make_model, make_task, make_trainer
+from sat_lightning import BaseMixin, BaseModel, TransformerConfig, non_conflict
+from sat_lightning.training import LanguageModelingTask, OptimConfig, SATDeepSpeedStrategy, ZeroOptions
+from tests.training_examples import SIZES, ScaleMixin, counting_rows, make_model, make_task, make_trainer
 
-NUM_STEPS = 4
+NUM_STEPS, MIDDLE = 4, 2
 GLOBAL_BATCH_SIZE = 4
 #: An epoch of 7 batches: the window of 3 that ends it is cut short.
 NUM_ROWS = 28
@@ -26,8 +29,11 @@ PRECISIONS = ("32-true", "bf16-mixed")
 ACCUMULATIONS = (1, 3)
 
 
+OPTIM = OptimConfig(learning_rate=1e-2)
+
+
 def gpt2(**arguments: Any) -> LanguageModelingTask:
-    return make_task(make_model, optim={"learning_rate": 1e-2, "betas": (0.9, 0.95)}, **arguments)
+    return make_task(make_model, optim=OPTIM, **arguments)
 
 
 def gpt2_with_mixins() -> LanguageModelingTask:
@@ -35,7 +41,36 @@ def gpt2_with_mixins() -> LanguageModelingTask:
     return gpt2(mixins=mixins, trainable=[r"^mixins\.(first|second)\."])
 
 
-FAMILIES: dict[str, Callable[[], LanguageModelingTask]] = {"gpt2": gpt2, "gpt2_with_mixins": gpt2_with_mixins}
+class EverythingMixin(BaseMixin):
+    """Parameters that ZeRO-3 must find without calling their module: one a layer in a list, a tied table; a buffer."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.scales = torch.nn.ParameterList(torch.ones(config.hidden_size) for _ in range(config.num_layers))
+        self.register_buffer("offset", torch.full((config.hidden_size,), 0.125))
+
+    @non_conflict
+    def mlp_forward(self, hidden_states, *, layer_id, old_impl, **kw):
+        return old_impl(hidden_states, layer_id=layer_id, **kw) * self.scales[layer_id] + self.offset
+
+
+class TiedModel(BaseModel):
+    """A causal decoder whose head is its word embedding."""
+
+    default_mask = "causal"
+
+
+def tied_with_list() -> LanguageModelingTask:
+    build = partial(TiedModel, TransformerConfig(**SIZES))
+    frozen = [r"position_embeddings", r"layers\.0\.mlp"]
+    return make_task(build, mixins={"all": EverythingMixin}, frozen=frozen, optim=OPTIM)
+
+
+FAMILIES: dict[str, Callable[[], LanguageModelingTask]] = {
+    "gpt2": gpt2,
+    "gpt2_with_mixins": gpt2_with_mixins,
+    "tied_with_list": tied_with_list,
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +79,7 @@ class Case:
     precision: str = "32-true"
     accumulate: int = 1
     family: str = "gpt2"
+    persistence_threshold: int = 0
 
     def __str__(self) -> str:
         return f"{self.strategy}-{self.precision}-x{self.accumulate}-{self.family}"
@@ -57,14 +93,28 @@ MATRIX = [Case(*values) for values in product(STRATEGIES, PRECISIONS, ACCUMULATI
 
 
 class Recorder(L.Callback):
-    """Mean loss over the ranks of every batch."""
+    """Mean loss over the ranks of every batch, and checkpoints at the start, in the middle and at the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path | None) -> None:
         self.losses: list[float] = []
+        self.folder = folder
+
+    def on_train_start(self, trainer, module) -> None:
+        self.save(trainer, "start")
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         loss = trainer.strategy.reduce(outputs["loss"].detach().clone().float())
         self.losses.append(float(loss))
+        is_boundary = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if trainer.global_step == MIDDLE and is_boundary:
+            self.save(trainer, "middle")
+
+    def on_train_end(self, trainer, module) -> None:
+        self.save(trainer, "end")
+
+    def save(self, trainer: L.Trainer, when: str) -> None:
+        if self.folder is not None:
+            trainer.save_checkpoint(self.folder / f"{when}.ckpt")
 
 
 def share_of_rows(rank: int, num_ranks: int) -> list[dict[str, torch.Tensor]]:
@@ -77,22 +127,46 @@ def share_of_rows(rank: int, num_ranks: int) -> list[dict[str, torch.Tensor]]:
     ]
 
 
-def make_loader(rank: int, num_ranks: int) -> DataLoader:
-    return DataLoader(share_of_rows(rank, num_ranks), batch_size=GLOBAL_BATCH_SIZE // num_ranks)
+class ResumedSampler(Sampler[int]):
+    """All rows in order; the first time, those after the ones a resumed run has seen (Lightning would begin anew)."""
+
+    def __init__(self, num_rows: int, num_seen: int) -> None:
+        self.num_rows, self.num_seen = num_rows, num_seen
+
+    def __iter__(self) -> Iterator[int]:
+        first, self.num_seen = self.num_seen, 0
+        return iter(range(first, self.num_rows))
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+
+def make_loader(rank: int, num_ranks: int, num_seen: int = 0) -> DataLoader:
+    rows, share = share_of_rows(rank, num_ranks), GLOBAL_BATCH_SIZE // num_ranks
+    return DataLoader(rows, batch_size=share, sampler=ResumedSampler(len(rows), num_seen * share))
+
+
+def make_strategy(case: Case) -> Any:
+    """Without a threshold, as models of this size would not be split at all."""
+    if not case.strategy.startswith("zero"):
+        return case.strategy
+    options = ZeroOptions(persistence_threshold=case.persistence_threshold)
+    return SATDeepSpeedStrategy(int(case.strategy[-1]), options=options, consolidates=True)
 
 
 def make_case_trainer(case: Case, num_ranks: int, **arguments: Any) -> L.Trainer:
     return make_trainer(
-        **{"max_steps": NUM_STEPS, "devices": num_ranks, "strategy": case.strategy, "precision": case.precision}
+        **{"max_steps": NUM_STEPS, "devices": num_ranks, "strategy": make_strategy(case), "precision": case.precision}
         | {"accumulate_grad_batches": case.accumulate, "gradient_clip_val": CLIP, "use_distributed_sampler": False}
         | arguments
     )
 
 
-def run_case(case: Case, num_ranks: int, rank: int) -> dict[str, Any]:
+def run_case(case: Case, num_ranks: int, rank: int, folder: str | None = None, resume: str | None = None) -> dict:
+    """Train; with `folder` write checkpoints, with `resume` begin at one that lies in the middle."""
     L.seed_everything(0, verbose=False)
-    recorder = Recorder()
+    recorder = Recorder(None if folder is None else Path(folder))
     trainer = make_case_trainer(case, num_ranks, callbacks=[recorder])
-    task = FAMILIES[case.family]()
-    trainer.fit(task, make_loader(rank, num_ranks))
+    loader = make_loader(rank, num_ranks, MIDDLE * case.accumulate if resume else 0)
+    trainer.fit(FAMILIES[case.family](), loader, ckpt_path=resume)
     return {"losses": recorder.losses, "global_step": trainer.global_step}

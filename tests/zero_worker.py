@@ -11,15 +11,15 @@ from pathlib import Path
 from tests.zero_cases import Case, run_case
 
 
-def main(cases: Path, results: Path) -> None:
+def main(jobs: Path, results: Path) -> None:
     rank, num_ranks = int(os.environ.get("LOCAL_RANK", 0)), 2
     found = {}
-    for values in json.loads(cases.read_text()):
-        case = Case(**values)
+    for job in json.loads(jobs.read_text()):
+        case = Case(**job["case"])
         try:
-            found[str(case)] = run_case(case, num_ranks, rank)
+            found[job["name"]] = run_case(case, num_ranks, rank, job.get("folder"), job.get("resume"))
         except Exception:  # the others are still worth running
-            found[str(case)] = {"error": traceback.format_exc()}
+            found[job["name"]] = {"error": traceback.format_exc()}
     if rank == 0:
         results.write_text(json.dumps(found))
 

@@ -22,18 +22,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sat_lightning.errors import ConfigError
+from sat_lightning.training.zero_checkpoint import load_zero_checkpoint, save_zero_checkpoint
 from sat_lightning.training.zero_config import (
     DeepSpeedConfig,
-    RunFacts,
     ZeroOptions,
     engine_config,
     read_config,
     resolve_stage,
     zero_section,
 )
+from sat_lightning.training.zero_facts import gather_facts
 
 _DEFAULT_OPTIONS = ZeroOptions()
 _TIMEOUT = timedelta(minutes=30)
+_RANK_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
 class SATDeepSpeedStrategy(DeepSpeedStrategy):
@@ -55,6 +57,8 @@ class SATDeepSpeedStrategy(DeepSpeedStrategy):
         options: buckets, thresholds and the loss scale.
         config: a DeepSpeed configuration, or the path of its JSON; none is needed. It may say what is not said
             elsewhere, and `"auto"`.
+        consolidates: write `model.safetensors` and `model_config.json` into each checkpoint too, as
+            `AutoModel.from_pretrained` reads them.
         process_group_backend: default: `nccl` on GPUs, `gloo` on CPUs.
         timeout: of collective operations.
 
@@ -71,6 +75,7 @@ class SATDeepSpeedStrategy(DeepSpeedStrategy):
         offload_parameters: bool = False,
         options: ZeroOptions = _DEFAULT_OPTIONS,
         config: DeepSpeedConfig | None = None,
+        consolidates: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta = _TIMEOUT,
     ) -> None:
@@ -82,6 +87,9 @@ class SATDeepSpeedStrategy(DeepSpeedStrategy):
             raise ConfigError(f"strategy: offload_parameters needs stage 3, and the stage is {self.stage}.")
         self.options = ZeroOptions(**options) if isinstance(options, dict) else options
         self.offload = (offload_optimizer, offload_parameters)
+        self.consolidates = consolidates
+        self.names_by_group: list[list[str]] = []
+        self._environment_before: dict[str, str | None] = {}
         # What the methods of Lightning's strategy read.
         self.config: dict[str, Any] = {"zero_optimization": {"stage": self.stage}}
         self.remote_device = "cpu" if offload_parameters else None
@@ -104,6 +112,7 @@ class SATDeepSpeedStrategy(DeepSpeedStrategy):
     def setup_distributed(self) -> None:
         """Join the ranks."""
         self.set_world_ranks()
+        self._environment_before = {name: os.environ.get(name) for name in _RANK_VARIABLES}
         self._init_deepspeed_distributed()
         reset_seed()
 
@@ -114,7 +123,7 @@ class SATDeepSpeedStrategy(DeepSpeedStrategy):
             yield
             return
         deepspeed = load_deepspeed(self.root_device.type)
-        config = engine_config(self.given_config, self._zero_section(), self.options, self._facts())
+        config = engine_config(self.given_config, self._zero_section(), self.options, gather_facts(self))
         # Batch sizes play no part in building, and are not known yet.
         config["train_micro_batch_size_per_gpu"] = config["gradient_accumulation_steps"] = 1
         with deepspeed.zero.Init(remote_device=self.remote_device, config_dict_or_path=config):
@@ -164,7 +173,39 @@ class SATDeepSpeedStrategy(DeepSpeedStrategy):
         engine: Any = self.model
         if hasattr(engine, "destroy"):
             engine.destroy()
+        self.model = self.lightning_module
         super().teardown()
+        # What told DeepSpeed who is who would mislead the processes that this one starts later.
+        for name, value in self._environment_before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return nothing: `save_checkpoint` writes the weights, which no rank may have whole."""
+        return {}
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return nothing: `save_checkpoint` writes it."""
+        return {}
+
+    def save_checkpoint(
+        self,
+        checkpoint: dict[str, Any],
+        filepath: str | os.PathLike[str],
+        storage_options: Any = None,  # noqa: ANN401
+    ) -> None:
+        """Write a folder that any number of ranks can continue from; see `zero_checkpoint`."""
+        save_zero_checkpoint(self, checkpoint, filepath, self.consolidates)
+
+    def load_checkpoint(
+        self,
+        checkpoint_path: str | os.PathLike[str],
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Read such a folder, or a file of another strategy, into the engine."""
+        return load_zero_checkpoint(self, checkpoint_path, weights_only)
 
     @property
     def _module(self) -> Any:  # noqa: ANN401 - it is None only before anything runs
@@ -175,12 +216,14 @@ class SATDeepSpeedStrategy(DeepSpeedStrategy):
         optimizer, schedule = None, None
         if is_overridden("configure_optimizers", module):
             optimizer, schedule = self._init_optimizers()
-        self.config = engine_config(self.given_config, self._zero_section(), self.options, self._facts())
+            names = {parameter: name for name, parameter in module.named_parameters()}
+            self.names_by_group = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+        self.config = engine_config(self.given_config, self._zero_section(), self.options, gather_facts(self))
         if optimizer is None and "optimizer" not in self.config:
             raise ConfigError(f"strategy: neither {type(module).__name__} nor the DeepSpeed config has an optimizer.")
-        engine, engine_optimizer = self._setup_model_and_optimizer(
-            module, optimizer, None if schedule is None else schedule.scheduler
-        )
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        inner = None if schedule is None else schedule.scheduler
+        engine, engine_optimizer = self._initialize(module, optimizer, inner, trained, self.config)[:2]
         self.model, self.optimizers = engine, [engine_optimizer]
         engine_schedule, engine.lr_scheduler = engine.lr_scheduler, None  # the Trainer steps it
         if engine_schedule is not None:
@@ -194,19 +237,9 @@ class SATDeepSpeedStrategy(DeepSpeedStrategy):
             half = {"bf16": torch.bfloat16, "16": torch.float16}.get(self.precision_plugin.precision.split("-")[0])
             self._module.to(self.root_device, half)
             return
-        facts = self._facts()
-        self.config = engine_config(self.given_config, self._zero_section(), self.options, facts)
+        self.config = engine_config(self.given_config, self._zero_section(), self.options, gather_facts(self))
         config = {key: value for key, value in self.config.items() if key not in ("optimizer", "scheduler")}
         self.model = self._initialize(self._module, None, None, [], {**config, "gradient_accumulation_steps": 1})[0]
-
-    def _setup_model_and_optimizer(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer | None,
-        lr_scheduler: Any = None,  # noqa: ANN401
-    ) -> tuple[Any, Optimizer]:
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return self._initialize(model, optimizer, lr_scheduler, trained, self.config)[:2]
 
     def _initialize(
         self,
@@ -216,11 +249,9 @@ class SATDeepSpeedStrategy(DeepSpeedStrategy):
         parameters: list[nn.Parameter],
         config: dict[str, Any],
     ) -> Any:  # noqa: ANN401
-        deepspeed = load_deepspeed(self.root_device.type)
+        deepspeed, device = load_deepspeed(self.root_device.type), self.root_device
         return deepspeed.initialize(
-            args=argparse.Namespace(
-                device_rank=self.local_rank if self.root_device.index is None else self.root_device.index
-            ),
+            args=argparse.Namespace(device_rank=self.local_rank if device.index is None else device.index),
             config=config,
             model=model,
             model_parameters=parameters,
@@ -230,23 +261,7 @@ class SATDeepSpeedStrategy(DeepSpeedStrategy):
         )
 
     def _zero_section(self) -> dict[str, Any]:
-        return zero_section(self.stage, self.options, self.offload, self._facts())
-
-    def _facts(self) -> RunFacts:
-        module = self._module
-        trainer = module.trainer
-        trained = (p for p in module.parameters() if p.requires_grad)
-        return RunFacts(
-            precision=str(self.precision_plugin.precision),
-            accumulate_grad_batches=trainer.accumulate_grad_batches,
-            gradient_clip_val=trainer.gradient_clip_val,
-            micro_batch_size=_batch_size(trainer),
-            world_size=self.world_size,
-            has_streams=self.root_device.type == "cuda",
-            num_trainable=sum(getattr(p, "ds_numel", p.numel()) for p in trained),
-            module_name=type(module).__name__,
-            configures_optimizer=is_overridden("configure_optimizers", module),
-        )
+        return zero_section(self.stage, self.options, self.offload, gather_facts(self))
 
 
 def load_deepspeed(device: str) -> ModuleType:
@@ -280,15 +295,3 @@ def load_deepspeed(device: str) -> ModuleType:
         # It would be a minute of C++ compiling, for a collective of inference that training never calls.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return importlib.import_module("deepspeed")
-
-
-def _batch_size(trainer: Any) -> int | None:
-    """Find out how many samples a rank takes at a time, without making a loader; None if nobody says."""
-    loaded, source = trainer.fit_loop._combined_loader, trainer.fit_loop._data_source
-    loaders = loaded.flattened if loaded is not None else [] if source.is_module() else [source.instance]
-    for said in (*loaders, trainer.datamodule):
-        for holder in (said, getattr(said, "batch_sampler", None)):
-            size = getattr(holder, "batch_size", None)
-            if isinstance(size, int) and not isinstance(size, bool):
-                return size
-    return None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sat_lightning.errors import ConfigError
+from sat_lightning.training.zero_facts import RunFacts
 
 DeepSpeedConfig = str | os.PathLike[str] | dict[str, Any]
 
@@ -56,23 +57,6 @@ class ZeroOptions:
         for name in ("persistence_threshold", "max_live_parameters", "loss_scale", "initial_scale_power"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"zero: {name} is {getattr(self, name)}, it cannot be negative.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunFacts:
-    """What the Trainer and the module say, which no JSON may contradict."""
-
-    precision: str
-    accumulate_grad_batches: int
-    gradient_clip_val: float | None
-    """None if the Trainer says nothing."""
-    micro_batch_size: int | None
-    """Samples per rank and batch; None if nobody knows."""
-    world_size: int
-    has_streams: bool
-    num_trainable: int
-    module_name: str
-    configures_optimizer: bool
 
 
 def read_config(config: DeepSpeedConfig | None) -> dict[str, Any]:

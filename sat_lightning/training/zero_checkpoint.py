@@ -1,0 +1,229 @@
+"""Checkpoints of ZeRO runs: a folder, whole or not there, that any number of ranks and any stage can continue from.
+
+state.ckpt                        what Lightning saves beside weights and optimizer: loops, callbacks, data
+engine.json                       steps counted, loss scale, settings of the parameter groups
+zero-00000-of-00002.safetensors   weights and moments, a file a rank (see `zero_shards`)
+model.safetensors                 the consolidated weights, with `model_config.json`, where the strategy is told to
+complete                          written last
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+
+from sat_lightning.errors import CheckpointError
+from sat_lightning.training.checkpoints import COMPLETE_NAME, AtomicCheckpointIO, commit, partial_path
+from sat_lightning.training.consolidation import save_consolidated
+from sat_lightning.training.zero_shards import LightningShards, ShardFiles, write_shard
+from sat_lightning.training.zero_state import (
+    load_training_state,
+    load_untrained,
+    parts_of,
+)
+
+STATE_NAME, ENGINE_NAME = "state.ckpt", "engine.json"
+_KEPT_ELSEWHERE = ("state_dict", "optimizer_states")
+_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+
+
+def save_zero_checkpoint(
+    strategy: Any,  # noqa: ANN401
+    checkpoint: dict[str, Any],
+    path: str | os.PathLike[str],
+    consolidates: bool,
+) -> None:
+    """Write the checkpoint of a run; every rank has to call this, and all write to one file system.
+
+    Args:
+        strategy: the `SATDeepSpeedStrategy` of the run.
+        checkpoint: what Lightning collected.
+        path: of the folder.
+        consolidates: whether to write `model.safetensors` too.
+
+    Raises:
+        CheckpointError: a rank could not write; on every rank, and what stood at `path` is left.
+    """
+    target = Path(strategy.broadcast(str(path)))
+    partial = partial_path(target)
+    module, engine = strategy.lightning_module, strategy.deepspeed_engine
+    together = _Together(strategy)
+    together.do(lambda: _make_empty(partial), f"{target} could not be written", on_rank=0)
+
+    def write() -> None:
+        write_shard(partial, strategy.global_rank, strategy.world_size, parts_of(engine, module, strategy.global_rank))
+        if strategy.is_global_zero:
+            rest = {key: value for key, value in checkpoint.items() if key not in _KEPT_ELSEWHERE}
+            torch.save(rest, partial / STATE_NAME)
+            facts = read_facts(engine) | {"groups_of": strategy.names_by_group}
+            (partial / ENGINE_NAME).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+
+    together.do(write, f"{target} could not be written")
+    if consolidates:
+        save_consolidated(module, partial, strategy)
+    together.do(lambda: commit(partial, target), f"{target} could not be written", on_rank=0)
+
+
+def load_zero_checkpoint(
+    strategy: Any,  # noqa: ANN401
+    path: str | os.PathLike[str],
+    weights_only: bool | None,
+) -> dict[str, Any]:
+    """Read a checkpoint into engine and model; every rank has to call this.
+
+    Args:
+        strategy: the `SATDeepSpeedStrategy` of this run, which may have other ranks and another stage.
+        path: a folder of a ZeRO run, or a file of any other.
+        weights_only: False executes what a pickle says; for files that you made yourself.
+
+    Returns:
+        What Lightning saved, for it to restore.
+
+    Raises:
+        CheckpointError: it is not complete, not safe to read, or does not fit the run.
+    """
+    folder = Path(path)
+    reader = AtomicCheckpointIO()
+    if not folder.is_dir():
+        checkpoint = reader.load_checkpoint(folder, weights_only=weights_only)
+        shards: Any = LightningShards(checkpoint, [name for group in strategy.names_by_group for name in group])
+        facts = _facts_of(checkpoint)
+    else:
+        refuse_incomplete(folder)
+        checkpoint = reader.load_checkpoint(folder / STATE_NAME, weights_only=weights_only)
+        shards = ShardFiles(folder)
+        facts = json.loads((folder / ENGINE_NAME).read_text(encoding="utf-8"))
+    module = strategy.lightning_module
+    if module.trainer.state.fn == TrainerFn.FITTING:
+        load_training_state(strategy.deepspeed_engine, module, shards)
+        write_facts(strategy.deepspeed_engine, facts)
+    else:
+        load_untrained(None, module, shards)
+    return {key: value for key, value in checkpoint.items() if key not in _KEPT_ELSEWHERE}
+
+
+def refuse_incomplete(folder: Path) -> None:
+    """Raise if a folder is no checkpoint of a ZeRO run that was written to its end.
+
+    Args:
+        folder: of the checkpoint.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    if not (folder / COMPLETE_NAME).is_file():
+        raise CheckpointError(
+            f"{folder} is no complete checkpoint: it has no file '{COMPLETE_NAME}'. Resume from an earlier one."
+        )
+
+
+def read_as_lightning(folder: str | os.PathLike[str], weights_only: bool | None = None) -> dict[str, Any]:
+    """Read a ZeRO checkpoint whole, as a single-file checkpoint of Lightning's, for strategies that split nothing.
+
+    Args:
+        folder: of the checkpoint.
+        weights_only: see `load_zero_checkpoint`.
+
+    Returns:
+        With `state_dict` and `optimizer_states`.
+
+    Raises:
+        CheckpointError: it is not complete or not safe to read.
+    """
+    folder = Path(folder)
+    refuse_incomplete(folder)
+    checkpoint = AtomicCheckpointIO().load_checkpoint(folder / STATE_NAME, weights_only=weights_only)
+    facts = json.loads((folder / ENGINE_NAME).read_text(encoding="utf-8"))
+    shards = ShardFiles(folder)
+    order = [name for group in facts["groups_of"] for name in group]
+    state: dict[int, dict[str, Any]] = {}
+    for index, name in enumerate(order):
+        moments = {kind: shards.whole(name, kind) for kind in shards.kinds(name) if kind != "weight"}
+        if moments:
+            state[index] = moments | {key: torch.tensor(value) for key, value in shards.scalars(name).items()}
+    numbers = iter(range(len(order)))
+    groups = [
+        {**group, "params": [next(numbers) for _ in names]}
+        for group, names in zip(facts["groups"], facts["groups_of"], strict=True)
+    ]
+    checkpoint["state_dict"] = {name: shards.whole(name) for name in shards.names}
+    checkpoint["optimizer_states"] = [{"state": state, "param_groups": groups}]
+    return checkpoint
+
+
+def read_facts(engine: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Return what a checkpoint keeps of an engine beside tensors, as JSON can hold it.
+
+    Args:
+        engine: a `DeepSpeedEngine`.
+    """
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
+    return {
+        "counters": {name: getattr(engine, name) for name in _COUNTERS},
+        "loss_scaler": {k: v for k, v in _scaler(engine.optimizer).items() if isinstance(v, int | float | None)},
+        "groups": groups,
+    }
+
+
+def write_facts(engine: Any, facts: dict[str, Any]) -> None:  # noqa: ANN401
+    """Put what `read_facts` returned into an engine.
+
+    Args:
+        engine: a `DeepSpeedEngine`.
+        facts: as JSON gives them back.
+
+    Raises:
+        CheckpointError: the optimizer had another number of groups.
+    """
+    groups = engine.optimizer.param_groups
+    if len(groups) != len(facts["groups"]):
+        raise CheckpointError(
+            f"The checkpoint's optimizer has {len(facts['groups'])} parameter groups, this run's has {len(groups)}."
+        )
+    for group, saved in zip(groups, facts["groups"], strict=True):
+        group.update({k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in saved.items()})
+    for name, value in facts["counters"].items():
+        setattr(engine, name, value)
+    _scaler(engine.optimizer).update(facts["loss_scaler"])
+
+
+def _scaler(owner: Any) -> dict[str, Any]:  # noqa: ANN401
+    scaler = getattr(owner, "loss_scaler", None) or getattr(owner, "loss_scale_config", None)
+    return vars(scaler) if hasattr(scaler, "__dict__") else {}
+
+
+def _facts_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    states = checkpoint.get("optimizer_states") or [{"param_groups": []}]
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in states[0]["param_groups"]]
+    return {"counters": {"global_steps": checkpoint["global_step"]}, "loss_scaler": {}, "groups": groups}
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+class _Together:
+    """Do something on the ranks, and raise on all of them if one could not: none is left waiting for another."""
+
+    def __init__(self, strategy: Any) -> None:  # noqa: ANN401
+        self._strategy = strategy
+
+    def do(self, work: Callable[[], object], what: str, on_rank: int | None = None) -> None:
+        """Call `work` on one rank or on all, and wait for everybody."""
+        strategy, failure = self._strategy, ""
+        if on_rank in (None, strategy.global_rank):
+            try:
+                work()
+            except (OSError, RuntimeError, CheckpointError) as error:
+                failure = f"rank {strategy.global_rank}: {error}"
+        failures: list[str] = [failure] * strategy.world_size
+        if strategy.world_size > 1:
+            torch.distributed.all_gather_object(failures, failure)
+        if found := [failure for failure in failures if failure]:
+            raise CheckpointError(f"{what}: {'; '.join(found)}. Earlier checkpoints stay.")
