@@ -20,6 +20,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "fit": ("train a model, from the beginning or from a checkpoint", _TRAINER),
     "validate": ("measure a model on the validation split", _TRAINER),
     "test": ("measure a model on the test split", _TRAINER),
+    "clean-cache": ("remove prepared data that nobody used for a month", "sat_lightning.data.cache:run_clean"),
     "predict": ("run a model over the test split", _TRAINER),
 }
 

@@ -69,6 +69,34 @@ def test_shares_of_many_uneven_sources_stay_near() -> None:
         assert deviation <= schedule.max_deviation < 1.2
 
 
+UNEVEN = [[4615, 2140, 1776, 1447, 22], [2482, 1397, 783, 337, 1], [361, 222, 220, 79, 68, 47, 2, 1], [1, 2, 4, 8, 16]]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_uneven_sources_that_repeat_are_within_one_sample(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    amounts = UNEVEN[seed] if seed < len(UNEVEN) else (1 + 900 * draw.random(draw.integers(2, 10)) ** 5).astype(int)
+    schedule = Schedule([int(amount) for amount in amounts])
+    period = schedule.total
+    owners, before = schedule(np.arange(2 * period))
+    counts = counts_at_every_prefix(owners, len(amounts))
+    wanted = np.arange(2 * period + 1)[:, None] * np.array(schedule.shares) / period
+    assert np.abs(counts - wanted).max() <= schedule.max_deviation + 1e-9 < 1
+    assert np.array_equal(before, counts[np.arange(2 * period), owners])
+    for turn in (0, 1, period - 1, period, period + 1, 2 * period):
+        assert schedule.counts(turn) == counts[turn].tolist()
+    far = 10**12 // period * period
+    assert np.array_equal(schedule(far + np.arange(period))[0], owners[:period])
+    assert schedule.counts(far + 1)[0] == far // period * schedule.shares[0] + counts[1][0]
+
+
+def test_some_uneven_sources_need_the_table() -> None:
+    tables = [Schedule(amounts)._table is not None for amounts in UNEVEN]
+    assert any(tables) and Schedule([9, 1])._table is None
+    long = Schedule([amount * 1009 + 1 for amount in UNEVEN[1]])  # repeats too late for one
+    assert long._table is None and 1 < long.max_deviation < 1.25
+
+
 @pytest.mark.parametrize("start", [10**9, 10**12, 10**15])
 @pytest.mark.parametrize("amounts", [[9, 1], [10**12 + 39, 10**11 + 3, 7], [Fraction("0.1"), Fraction(1, 3)]])
 def test_far_positions_are_as_exact_as_near_ones(start: int, amounts: list) -> None:

@@ -26,7 +26,7 @@ def read_column(path: str, options: SourceOptions) -> Iterator[str]:
     Raises:
         DataError: the file cannot be read, or a row has no text in that field.
     """
-    yield from _texts(open_records(path), options.text_field)
+    yield from _texts(_open(path, options), options.text_field)
 
 
 @register_source(".csv", ".tsv")
@@ -46,7 +46,7 @@ def read_table(path: str, options: SourceOptions) -> Iterator[Document]:
     with open(path, "rb") as file:
         names = file.readline().replace(b"\t", b",").split(b",")
     if options.text_field.encode() in (name.strip(b'"\r\n\xef\xbb\xbf') for name in names):
-        yield from _texts(open_records(path), options.text_field)
+        yield from _texts(_open(path, options), options.text_field)
     else:
         yield from read_text(path, options)
 
@@ -66,6 +66,7 @@ class HubDocuments:
         self.name = f"hf://{path}"
         self._path = path
         self._field = options.text_field
+        self._cache_dir = options.cache_dir
         self._records: ArrowRecords | None = None
 
     def __iter__(self) -> Iterator[str]:
@@ -77,8 +78,12 @@ class HubDocuments:
 
     def _open(self) -> ArrowRecords:
         if self._records is None:
-            self._records = open_hub(self._path)
+            self._records = open_hub(self._path, cache_dir=self._cache_dir)
         return self._records
+
+
+def _open(path: str, options: SourceOptions) -> Records:
+    return open_records(path, **({} if options.cache_dir is None else {"cache_dir": options.cache_dir}))
 
 
 def _texts(records: Records, field: str) -> Iterator[str]:

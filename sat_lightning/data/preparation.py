@@ -5,6 +5,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from sat_lightning.data.sources import Document, Source, Unfinished
-from sat_lightning.data.store import FORMAT_VERSION, TOKENS_FILE, StoreMeta, TokenStore
+from sat_lightning.data.store import FORMAT_VERSION, META_FILE, TOKENS_FILE, StoreMeta, TokenStore
 from sat_lightning.data.tokenizer import Tokenizer, to_bytes
 from sat_lightning.errors import DataError
 
@@ -34,6 +35,16 @@ def default_cache_dir() -> Path:
         return Path(home).expanduser() / "data"
     cache = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME") or "~/.cache"
     return Path(cache).expanduser() / "sat_lightning" / "data"
+
+
+def touch(file: Path) -> None:
+    """Note that a file of the cache is used, by its time, so that what nobody uses can be found.
+
+    Args:
+        file: what is opened; a cache that may only be read keeps no such note.
+    """
+    with suppress(OSError):
+        os.utime(file)
 
 
 def prepare_store(source: Source, tokenizer: Tokenizer, cache_dir: str | os.PathLike[str] | None = None) -> TokenStore:
@@ -62,7 +73,9 @@ def prepare_store(source: Source, tokenizer: Tokenizer, cache_dir: str | os.Path
     with FileLock(cache / f"{key}.lock"):
         if folder.exists():
             try:
-                return TokenStore(folder)
+                store = TokenStore(folder)
+                touch(folder / META_FILE)
+                return store
             except DataError as error:
                 warnings.warn(f"{error} It is prepared again now.", stacklevel=2)
                 shutil.rmtree(folder)

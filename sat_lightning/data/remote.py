@@ -9,11 +9,15 @@ from typing import BinaryIO, TypeVar, cast
 from filelock import FileLock
 from tqdm import tqdm
 
-from sat_lightning.data.preparation import default_cache_dir
+from sat_lightning.data.preparation import default_cache_dir, touch
 from sat_lightning.data.samples import import_extra
 from sat_lightning.errors import DataError
 
 _BLOCK_SIZE = 8 << 20
+
+CACHE_FOLDERS = ("index", "lengths", "remote", "tokens")
+"""The folders of a cache that `cached_file` writes to."""
+
 T = TypeVar("T")
 CacheDir = str | os.PathLike[str] | None
 
@@ -165,6 +169,7 @@ def cached_file(kind: str, key: str, cache_dir: CacheDir, write: Callable[[Binar
     """
     file = (default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()) / kind / key
     if file.is_file():
+        touch(file)
         return file
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(file.with_name(key + ".lock")):

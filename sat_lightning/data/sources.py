@@ -37,6 +37,13 @@ class SourceOptions:
     """Name of the field that holds the text of a `.jsonl` row."""
     token_dtype: str = "uint16"
     """Element type of a headerless `.bin` token file: uint16 or uint32."""
+    cache_dir: str | None = None
+    """Where prepared tokens, copies of remote files and indices are kept; default `$SAT_HOME/data`, else the user's
+    cache folder. What lies there is removed by `sat-lightning clean-cache` alone."""
+
+    def fingerprint(self) -> str:
+        """What identifies the content of a file that is read with these options, wherever it is cached."""
+        return repr({name: value for name, value in asdict(self).items() if name != "cache_dir"})
 
 
 @runtime_checkable
@@ -130,7 +137,7 @@ class FileSource:
 
     def fingerprint(self) -> str:
         """Digest of names, sizes and modification times, and of the options."""
-        digest = hashlib.sha256(repr(asdict(self.options)).encode())
+        digest = hashlib.sha256(self.options.fingerprint().encode())
         for file, stat in zip(self.files, self._stats, strict=True):
             digest.update(os.fsencode(file) + f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
         return digest.hexdigest()

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import partial
 
 from sat_lightning.data.remote import expand_remote, identify, keep_local_copy
@@ -30,11 +29,11 @@ class RemoteDocuments:
 
     def __iter__(self) -> Iterator[Document]:
         for url in self.urls:
-            yield from FileSource(url, [keep_local_copy(url)], self.options)
+            yield from FileSource(url, [keep_local_copy(url, self.options.cache_dir)], self.options)
 
     def fingerprint(self) -> str:
         """Digest of what the files hold now, as their file system tells, and of the options."""
-        parts = [repr(asdict(self.options)), *map(identify, self.urls)]
+        parts = [self.options.fingerprint(), *map(identify, self.urls)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

@@ -18,8 +18,6 @@ class DataOptions(SourceOptions):
     """Chooses the order of the training rows; a new order comes with every epoch by itself."""
     split_seed: int = 0
     """Chooses what is held out, apart from `seed`, so that runs with other seeds stay comparable."""
-    cache_dir: str | None = None
-    """Where prepared tokens are kept; default `$SAT_HOME/data`, else the user's cache folder."""
     end_of_document_token: str | None = None
     """The token between documents, for a `tokenizers` file that calls it by no usual name."""
     split: str | None = None
