@@ -69,7 +69,7 @@ def test_shares_of_many_uneven_sources_stay_near() -> None:
         assert deviation <= schedule.max_deviation < 1.2
 
 
-UNEVEN = [[4615, 2140, 1776, 1447, 22], [2482, 1397, 783, 337, 1], [361, 222, 220, 79, 68, 47, 2, 1], [1, 2, 4, 8, 16]]
+UNEVEN = [[1272, 658, 88, 64, 1], [1259, 357, 279, 163, 129, 1], [1433, 378, 335, 132, 99, 29, 1], [1, 2, 4, 8, 16]]
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -93,7 +93,7 @@ def test_uneven_sources_that_repeat_are_within_one_sample(seed: int) -> None:
 def test_some_uneven_sources_need_the_table() -> None:
     tables = [Schedule(amounts)._table is not None for amounts in UNEVEN]
     assert any(tables) and Schedule([9, 1])._table is None
-    long = Schedule([amount * 1009 + 1 for amount in UNEVEN[1]])  # repeats too late for one
+    long = Schedule([amount * 1009 + 1 for amount in UNEVEN[0]])  # repeats too late for one
     assert long._table is None and 1 < long.max_deviation < 1.25
 
 
