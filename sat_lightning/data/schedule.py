@@ -37,7 +37,7 @@ class Schedule:
     follow from `p` alone. The arithmetic is exact, so it holds at turn 10**12 as at turn 10. A leaf's error is at most
     one half for each split above it, scaled by its share in the child that was split; the tree is the best one found.
     For up to four sources that is always below one turn, and for more it nearly always is. Where it is not (five or
-    more sources of very different shares), and the shares repeat after up to 10000 turns, those turns are dealt by their
+    more sources of very different shares), and the shares repeat after up to 10000 turns, they are dealt by their
     deadlines, which keeps every source within one turn. Source: Steiner and Yeomans, "Level Schedules for Mixed-Model,
     Just-in-Time Processes" (Management Science, 1993).
 
