@@ -41,8 +41,8 @@ def age(path: Path, days: float) -> None:
     os.utime(path / "meta.json" if path.is_dir() else path, (then, then))
 
 
-def paths(entries: list[CacheEntry]) -> list[Path]:
-    return [entry.path for entry in entries]
+def paths(entries: list[CacheEntry]) -> set[Path]:
+    return {entry.path for entry in entries}
 
 
 def kinds(cache: Path) -> list[str]:

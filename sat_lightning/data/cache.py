@@ -112,22 +112,23 @@ def _folder(cache_dir: CacheDir) -> Path:
 
 
 def _entries(cache: Path) -> Iterator[CacheEntry]:
+    now = time.time()
+
+    def describe(path: Path, what: str, last_used: float, num_bytes: int) -> CacheEntry:
+        return CacheEntry(path, what, num_bytes, max(0.0, (now - last_used) / _SECONDS_A_DAY))
+
     for file in sorted(cache.glob(f"*/{META_FILE}")):
         folder = file.parent
         try:
             what = f"tokens of {TokenStore(folder).name}"
         except DataError:
             what = f"damaged tokens in {folder.name}"
-        yield _describe(folder, what, file.stat().st_mtime, sum(one.stat().st_size for one in folder.iterdir()))
+        yield describe(folder, what, file.stat().st_mtime, sum(one.stat().st_size for one in folder.iterdir()))
     for kind in CACHE_FOLDERS:
         for file in sorted((cache / kind).glob("*")):
             if file.is_file() and file.suffix not in (".lock", ".partial"):
                 stat = file.stat()
-                yield _describe(file, f"{kind}/{file.name}", stat.st_mtime, stat.st_size)
-
-
-def _describe(path: Path, what: str, last_used: float, num_bytes: int) -> CacheEntry:
-    return CacheEntry(path, what, num_bytes, max(0.0, (time.time() - last_used) / _SECONDS_A_DAY))
+                yield describe(file, f"{kind}/{file.name}", stat.st_mtime, stat.st_size)
 
 
 def _remove(path: Path) -> bool:
