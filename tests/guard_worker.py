@@ -1,0 +1,56 @@
+"""Runs many cases in the same two processes: `python -m tests.guard_worker CASES RESULTS`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from sat_lightning.training import SkipNonFinite
+from tests.guard_examples import StateAtEnd, Stranger, differing, fit, make_batches, make_guarded_task
+
+
+def run_case(case: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
+    """Train with batches that are bad on one rank, and without them, and compare what is left."""
+    bad, dropped, num_batches = case["bad"], case["dropped"], case["num_batches"]
+    states, counts, steps = [], [], []
+    for is_seen in (True, False):
+        batches = make_batches(num_batches, bad if rank == case.get("bad_rank", 1) else (), case["what"], rank)
+        if not is_seen:
+            batches = [batch for number, batch in enumerate(batches) if number not in dropped]
+        guard, at_end = SkipNonFinite(max_fraction=0.9), StateAtEnd()
+        trainer = fit(
+            Stranger(has_spare="unused" in case["strategy"]) if case["module"] == "stranger" else make_guarded_task(),
+            batches,
+            folder,
+            callbacks=[guard, at_end],
+            devices=2,
+            strategy=case["strategy"],
+            precision=case["precision"],
+            accumulate_grad_batches=case["accumulate"],
+            gradient_clip_val=0.5,
+            use_distributed_sampler=False,
+        )
+        states.append(at_end.state)
+        counts.append(guard.num_skipped)
+        steps.append(trainer.global_step)
+    is_finite = all(value.isfinite().all() for value in states[0].values() if hasattr(value, "isfinite"))
+    return {"differing": differing(*states), "counts": counts, "steps": steps, "is_finite": bool(is_finite)}
+
+
+def main(cases: Path, results: Path) -> None:
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    found = {}
+    for case in json.loads(cases.read_text()):
+        try:
+            found[case["name"]] = run_case(case, rank, results.parent)
+        except Exception:  # the others are still worth running
+            found[case["name"]] = {"error": traceback.format_exc()}
+    results.with_suffix(f".{rank}").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

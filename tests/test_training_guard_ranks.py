@@ -1,0 +1,83 @@
+"""A batch that is bad on one rank, in two real processes: each strategy runs as if it had not been there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+STRATEGIES = ("ddp", "ddp_find_unused_parameters_true", "zero_0", "zero_1", "zero_2", "zero_3")
+#: What is bad, accumulated batches, batches, bad ones, those left out.
+SCENES = {
+    "loss-x3": ("loss", 3, 9, [1, 3, 8], [1, 3, 8]),  # within a window, first of one, last of the epoch
+    "gradient-x1": ("gradient", 1, 4, [1], [1]),
+    "loss-x1": ("loss", 1, 4, [0], [0]),
+    "gradient-x3": ("gradient", 3, 7, [4], [3, 4, 5]),
+}
+
+
+def make_case(strategy: str, scene: str, precision: str, module: str) -> dict[str, Any]:
+    what, accumulate, num_batches, bad, dropped = SCENES[scene]
+    name = f"{strategy}-{scene}-{precision}-{module}"
+    return locals()
+
+
+QUICK = [
+    *(make_case(strategy, "loss-x3", "32-true", "stranger") for strategy in STRATEGIES),
+    *(make_case(strategy, "gradient-x3", "32-true", "ours") for strategy in STRATEGIES[::2]),
+    *(make_case(strategy, "gradient-x1", "32-true", "stranger") for strategy in STRATEGIES[1::2]),
+]
+#: The stranger has a BatchNorm, which torch does not compute on CPUs where weights are bf16 and statistics are not.
+MATRIX = [
+    make_case(*values)
+    for values in product(STRATEGIES, SCENES, ("32-true", "bf16-mixed"), ("stranger", "ours"))
+    if values[2] == "32-true" or values[3] == "ours"
+]
+
+
+def run_in_two_processes(folder: Path, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    (folder / "cases.json").write_text(json.dumps(cases))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
+    command = [sys.executable, "-m", "tests.guard_worker", str(folder / "cases.json"), str(folder / "results.json")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((folder / f"results.{rank}").read_text()) for rank in (0, 1)]
+
+
+def check(case: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    for rank, result in enumerate(results):
+        found = result[case["name"]]
+        assert "error" not in found, (rank, found["error"])
+        assert found["differing"] == [] and found["is_finite"], (rank, found)
+        assert found["counts"] == [len(case["dropped"]), 0]
+        assert found["steps"][0] > 1
+
+
+@pytest.fixture(scope="module")
+def quick_results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_in_two_processes(tmp_path_factory.mktemp("quick"), QUICK)
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("case", QUICK, ids=lambda case: case["name"])
+def test_bad_on_one_rank(quick_results: list[dict[str, Any]], case: dict[str, Any]) -> None:
+    check(case, quick_results)
+
+
+@pytest.fixture(scope="module")
+def all_results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_in_two_processes(tmp_path_factory.mktemp("matrix"), MATRIX)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("case", MATRIX, ids=lambda case: case["name"])
+def test_matrix(all_results: list[dict[str, Any]], case: dict[str, Any]) -> None:
+    check(case, all_results)
