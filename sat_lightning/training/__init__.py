@@ -12,12 +12,15 @@ if TYPE_CHECKING:
     from sat_lightning.training.callbacks import (
         EMA,
         CurvePlotter,
+        ExactResume,
         MixtureMonitor,
         RunMonitor,
         SampleText,
+        SaveOnSignal,
         SkipNonFinite,
         TrainingProgressBar,
     )
+    from sat_lightning.training.checkpoints import AtomicCheckpointIO, find_resume_checkpoint
     from sat_lightning.training.datamodule import SATDataModule
     from sat_lightning.training.dataoptions import DataOptions
     from sat_lightning.training.deepspeed import SATDeepSpeedStrategy
@@ -31,8 +34,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EMA",
+    "AtomicCheckpointIO",
     "CurvePlotter",
     "DataOptions",
+    "ExactResume",
     "LanguageModelingTask",
     "MixtureMonitor",
     "OptimConfig",
@@ -42,24 +47,29 @@ __all__ = [
     "SATDeepSpeedStrategy",
     "SATLightningModule",
     "SampleText",
+    "SaveOnSignal",
     "SkipNonFinite",
     "StreamDataModule",
     "TrainingProgressBar",
     "ZeroOptions",
     "count_rows",
     "count_tokens",
+    "find_resume_checkpoint",
 ]
 
 _MODULES = {
     "callbacks": (
         "EMA",
         "CurvePlotter",
+        "ExactResume",
         "MixtureMonitor",
         "RunMonitor",
         "SampleText",
+        "SaveOnSignal",
         "SkipNonFinite",
         "TrainingProgressBar",
     ),
+    "checkpoints": ("AtomicCheckpointIO", "find_resume_checkpoint"),
     "datamodule": ("SATDataModule",),
     "dataoptions": ("DataOptions",),
     "deepspeed": ("SATDeepSpeedStrategy",),

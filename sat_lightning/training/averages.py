@@ -70,3 +70,15 @@ class WeightedMeans:
         parts = [part.to(device) for name in names for part in sums.get(name, (nothing, nothing))]
         totals, counts = strategy.reduce(torch.stack(parts), reduce_op="sum").view(-1, 2).unbind(1)
         return dict(zip(names, (totals / counts).float(), strict=True))
+
+    def state_dict(self) -> dict[str, list[Tensor]]:
+        """Return the sums and weights so far, by name; they are never changed in place."""
+        return {name: list(sums) for name, sums in self._sums.items()}
+
+    def load_state_dict(self, state_dict: dict[str, list[Tensor]]) -> None:
+        """Go on from sums that were saved.
+
+        Args:
+            state_dict: what `state_dict` gave.
+        """
+        self._sums = {name: (total, count) for name, (total, count) in state_dict.items()}

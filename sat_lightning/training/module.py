@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
+from lightning.pytorch import Callback
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -12,6 +13,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import ConfigError
 from sat_lightning.model import BaseMixin, BaseModel
+from sat_lightning.training.callbacks.exact_resume import ExactResume
+from sat_lightning.training.callbacks.save_on_signal import SaveOnSignal
 from sat_lightning.training.flops import count_flops
 from sat_lightning.training.freezing import freeze_parameters
 from sat_lightning.training.groups import freeze_by_rules, group_parameters, scale_learning_rates
@@ -81,6 +84,16 @@ class SATLightningModule(StepModule):
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Call the model."""
         return self._built_model()(*args, **kwargs)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Bring along what a run survives by, except for what the trainer has already.
+
+        Returns:
+            `ExactResume` and `SaveOnSignal`.
+        """
+        present: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        needed = (ExactResume, SaveOnSignal)
+        return [kind() for kind in needed if not any(isinstance(callback, kind) for callback in present)]
 
     def configure_model(self) -> None:
         """Build the model, add the mixins, freeze and compile; a second call changes nothing.

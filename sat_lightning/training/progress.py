@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
@@ -116,6 +117,10 @@ class DataProgress:
                 f"of epoch {self.place.epoch}, but not in the data, or not in the order, that it was trained on."
             )
 
+    def restart(self) -> None:
+        """Begin the data anew, whatever a checkpoint said."""
+        self.place, self._batches, self._is_restored = Place(), None, False
+
     def align(self) -> None:
         """Make the trainer's count of batches agree with the restored place.
 
@@ -203,7 +208,9 @@ class TrainingLoader(DataLoader[Any]):
         progress: DataProgress,
         **settings: Any,  # noqa: ANN401
     ) -> None:
-        super().__init__(rows, batch_sampler=batches, **settings)
+        # A generator of its own: making an iterator must not draw from the one that dropout draws from, for a resumed
+        # run makes iterators at other moments.
+        super().__init__(rows, batch_sampler=batches, generator=torch.Generator(), **settings)
         # DataLoader forbids to set it; trainers look here to see whether the loader shards by itself.
         self.__dict__["sampler"] = batches
         self.progress = progress

@@ -105,6 +105,22 @@ class StepModule(L.LightningModule):
         """Log the means of the epoch."""
         self._log_epoch_means("test")
 
+    def rank_state_dict(self) -> dict[str, Any]:
+        """Return what this rank has not logged yet, for `ExactResume`."""
+        return {"train_means": self._train_means.state_dict()}
+
+    def load_rank_state_dict(self, states: list[dict[str, Any]]) -> None:
+        """Go on from what was not logged yet.
+
+        Args:
+            states: of the ranks that this one takes over from: one, if there are as many as before.
+        """
+        parts = []
+        for state in states:
+            parts.append(WeightedMeans())
+            parts[-1].load_state_dict(state["train_means"])
+        self._train_means = WeightedMeans.union(parts)
+
     def _run(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ANN401
         num_rows = count_rows(batch)
         self._batch_shape = (num_rows, count_tokens(batch) // max(1, num_rows))

@@ -2,10 +2,22 @@
 
 from sat_lightning.training.callbacks.curves import CurvePlotter
 from sat_lightning.training.callbacks.ema import EMA
+from sat_lightning.training.callbacks.exact_resume import ExactResume
 from sat_lightning.training.callbacks.mixture import MixtureMonitor
 from sat_lightning.training.callbacks.monitor import RunMonitor
 from sat_lightning.training.callbacks.progress import TrainingProgressBar
 from sat_lightning.training.callbacks.sample import SampleText
+from sat_lightning.training.callbacks.save_on_signal import SaveOnSignal
 from sat_lightning.training.callbacks.skip_nonfinite import SkipNonFinite
 
-__all__ = ["EMA", "CurvePlotter", "MixtureMonitor", "RunMonitor", "SampleText", "SkipNonFinite", "TrainingProgressBar"]
+__all__ = [
+    "EMA",
+    "CurvePlotter",
+    "ExactResume",
+    "MixtureMonitor",
+    "RunMonitor",
+    "SampleText",
+    "SaveOnSignal",
+    "SkipNonFinite",
+    "TrainingProgressBar",
+]

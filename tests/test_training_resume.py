@@ -1,0 +1,95 @@
+"""A run that is killed and resumed equals, to the last bit, the run that was not: real processes and real signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(folder: Path, *jobs: dict[str, Any]) -> list[int]:
+    """Make runs one after the other, in processes of their own; return their exit codes."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    jobs = [{**job, "folder": str(folder / job["folder"])} for job in jobs]
+    command = [sys.executable, "-m", "tests.resume_runs", json.dumps(jobs)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def result(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "result.pt", weights_only=False)
+
+
+def assert_same(one: Any, other: Any, where: str = "result") -> None:
+    assert type(one) is type(other), where
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), (where, one, other)
+        for number, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{where}[{number}]")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    else:
+        assert one == other, f"{where}:\n{one}\n{other}"
+
+
+CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "steps, and the last step of an epoch": ({}, [{"kill_at": 5}, {"kill_at": 12}]),
+    "ends of epochs": ({"saver": {}, "max_epochs": 3, "max_steps": -1, "log_every": 3}, [{"kill_at": 17}]),
+    "validation, saved before it": (
+        {"validate_every": 3, "saver": {"every_n_train_steps": 3}},
+        [{"kill_at": 4}, {"kill_at": 8}],
+    ),
+    "validation, saved after it, with workers": (
+        {"validate_every": 4, "num_workers": 2, "saver": {"monitor": "val_loss", "save_top_k": -1}},
+        [{"kill_at": 6}, {"kill_at": 11}],
+    ),
+    "accumulation": (
+        {"accumulate": 3, "validate_every": 4, "saver": {"monitor": "val_loss", "save_top_k": -1}, "max_steps": 6},
+        [{"kill_at": 6}, {"kill_at": 14}],
+    ),
+    "while a checkpoint is written": ({"saver": {"every_n_train_steps": 2, "save_last": True}}, [{"kill_writing": 4}]),
+    "a stranger's pipeline, between epochs": (
+        {"plain": True, "saver": {}, "max_epochs": 3, "max_steps": -1, "validate_every": 1.0},
+        [{"kill_at": 13}, {"kill_at": 23}],
+    ),
+    "two ranks": ({"ranks": 2, "max_steps": 9, "log_every": 2, "saver": {"every_n_train_steps": 3}}, [{"kill_at": 8}]),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[int]]]:
+    """All cases in one process tree, for the imports take longest: each whole, and in parts."""
+    folder = tmp_path_factory.mktemp("resume")
+    jobs, counts = [], []
+    for number, (settings, kills) in enumerate(CASES.values()):
+        jobs.append(settings | {"folder": f"{number}/whole"})
+        jobs += [settings | {"folder": f"{number}/parts"} | kill for kill in [*kills, {}]]
+        counts.append(2 + len(kills))
+    codes = iter(run(folder, *jobs))
+    return folder, {case: [next(codes) for _ in range(count)] for case, count in zip(CASES, counts, strict=True)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_killed_run_equals_the_unbroken_one(finished: tuple[Path, dict[str, list[int]]], case: str) -> None:
+    folder, codes = finished
+    number = list(CASES).index(case)
+    first, *killed, last = codes[case]
+    said = "".join(path.read_text()[-3000:] for path in sorted((folder / str(number)).glob("*.txt")))
+    assert first == last == 0 and all(killed), f"{codes[case]}\n{said}"
+    parts, whole = (result(folder / str(number) / name) for name in ("parts", "whole"))
+    # Lightning keeps the checkpoints that a run was resumed from, beside those that the unbroken run keeps.
+    assert set(parts.pop("files")) >= set(whole.pop("files"))
+    assert_same(parts, whole)
