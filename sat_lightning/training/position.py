@@ -12,7 +12,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.loops.evaluation_loop import RestartStage
 
-from sat_lightning.training.progress import DataProgress
+from sat_lightning.training.progress import DataProgress, count_accumulated
 
 #: The spots: after a batch, in a validation, at the end of one, at the end of an epoch, elsewhere.
 BATCH_END, VALIDATING, VALIDATED = "batch_end", "validating", "validated"
@@ -30,6 +30,8 @@ class Position:
     """Whether a window of accumulated batches had begun, which the data begins anew."""
     awaits_validation: bool
     """Whether a validation was due or under way that the resumed run has to make."""
+    validated_until: int = 0
+    """Up to which batch of the run validations have been made, if a window is begun anew: not to be made again."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
@@ -46,10 +48,11 @@ def find_position(trainer: L.Trainer) -> Position:
     spot = _find_spot(trainer)
     accumulates = loop._should_accumulate()
     within_batch = spot in (BATCH_END, VALIDATING, VALIDATED)
-    rewinds = within_batch and accumulates and rewinds_windows(trainer)
+    rewinds = within_batch and accumulates and rewinds_windows(trainer) and count_accumulated(trainer) > 0
     awaits = spot == VALIDATING or (spot == BATCH_END and validates_next(trainer))
     num_steps = loop._batches_that_stepped + (1 if within_batch and not accumulates else 0)
-    return Position(spot, num_steps, rewinds, awaits and not rewinds)
+    validated = loop.batch_progress.total.ready - (0 if spot == VALIDATED else 1) if rewinds else 0
+    return Position(spot, num_steps, rewinds, awaits and not rewinds, validated)
 
 
 def rewinds_windows(trainer: L.Trainer) -> bool:
@@ -69,6 +72,18 @@ def validates_next(trainer: L.Trainer) -> bool:
         trainer: in `on_train_batch_end`.
     """
     return bool(_epoch_loop(trainer)._should_check_val_fx(trainer.fit_loop._data_fetcher))
+
+
+def skip_known_validation(trainer: L.Trainer, position: Position) -> None:
+    """Do not validate again in a window that is made again.
+
+    Args:
+        trainer: in `on_train_batch_end`.
+        position: where the run was resumed.
+    """
+    loop = _epoch_loop(trainer)
+    if loop.batch_progress.total.ready <= position.validated_until and validates_next(trainer):
+        loop._skip_next_val = True
 
 
 def rewrite_counters(loops: dict[str, Any], position: Position) -> bool:

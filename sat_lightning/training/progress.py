@@ -71,7 +71,7 @@ class DataProgress:
         num_steps = self._num_trained()
         if _is_epoch_complete(trainer):
             return self._next_epoch(self._batches, self._batches.advance(self.place, num_steps))
-        return self._batches.advance(self.place, max(0, num_steps - _count_accumulated(trainer)))
+        return self._batches.advance(self.place, max(0, num_steps - count_accumulated(trainer)))
 
     def before(self, num_batches: int) -> tuple[Place, ShardedBatches] | None:
         """Find the place some batches ago, for callbacks that look at a batch that was just trained.
@@ -142,7 +142,7 @@ class DataProgress:
         if _is_epoch_complete(trainer):
             target = int(min(trainer.num_training_batches, len(batches))) if left is not None else before
         elif left is None:
-            target = before - _count_accumulated(trainer)
+            target = before - count_accumulated(trainer)
         else:
             target = len(batches) - left
         for count in (done.current, done.total):
@@ -177,7 +177,7 @@ def _count_of(trainer: L.Trainer) -> Any:  # noqa: ANN401 - Lightning declares a
     return trainer.fit_loop.epoch_loop.batch_progress
 
 
-def _count_accumulated(trainer: L.Trainer) -> int:
+def count_accumulated(trainer: L.Trainer) -> int:
     """Batches trained on since the last optimizer step; a callback that leaves batches out of windows counts them."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if (number := getattr(callback, "num_accumulated", None)) is not None:

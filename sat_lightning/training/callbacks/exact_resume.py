@@ -20,6 +20,7 @@ from sat_lightning.training.position import (
     rewinds_windows,
     rewrite_counters,
     settle_loops,
+    skip_known_validation,
     validates_next,
 )
 from sat_lightning.training.reset import check_reset, reset_parts, restart_schedules
@@ -66,7 +67,7 @@ class ExactResume(L.Callback):
         trainer.callbacks = [c for c in trainer.callbacks if c is not self] + [self]  # type: ignore[attr-defined]
         if type(trainer.strategy._checkpoint_io) in (type(None), TorchCheckpointIO):
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        self._window_start = self._before_validation = self._restored = None
+        self._window_start = self._before_validation = self._restored = self._position = None
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add what Lightning leaves out; every rank has to call this."""
@@ -142,6 +143,8 @@ class ExactResume(L.Callback):
         """Keep the random states of the start of a window, and those before a validation."""
         if trainer.accumulate_grad_batches > 1 and not trainer.fit_loop._should_accumulate():
             self._window_start = self._take(trainer) if rewinds_windows(trainer) else None
+        if self._position is not None and self._position.validated_until:
+            skip_known_validation(trainer, self._position)
         if validates_next(trainer):
             self._before_validation = self._take(trainer)
 
