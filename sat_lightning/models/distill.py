@@ -5,12 +5,26 @@ What differs from a plain model: there are two, and the teacher never learns.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from sat_lightning.model import BaseModel, ComposedModel, register_model
+from sat_lightning.config import TransformerConfig
+from sat_lightning.errors import ConfigError
+from sat_lightning.model import AnyModel, ComposedModel, find_model, register_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(TransformerConfig):
+    """Both models; the other fields are the student's."""
+
+    teacher: Mapping[str, Any] | None = None
+    """The teacher's `model_config.json`, its `model_class` among it."""
+    student: Mapping[str, Any] | None = None
+    """The student's."""
 
 
 @register_model
@@ -18,15 +32,26 @@ class DistillModel(ComposedModel):
     """Run both: `teacher_logits, student_logits = model(teacher_kwargs, student_kwargs)`.
 
     Args:
-        teacher: the model to learn from; it is frozen, and stays in evaluation mode.
+        teacher: the model to learn from; it is frozen, and stays in evaluation mode. Or a `DistillConfig`, from which
+            both are built.
         student: the model that learns.
+
+    Raises:
+        ConfigError: if one of the two is missing.
     """
 
-    teacher: BaseModel | ComposedModel
-    student: BaseModel | ComposedModel
+    config_class: ClassVar[type[TransformerConfig]] = DistillConfig
+    teacher: AnyModel
+    student: AnyModel
 
-    def __init__(self, teacher: BaseModel | ComposedModel, student: BaseModel | ComposedModel) -> None:
-        super().__init__(student.config)
+    def __init__(self, teacher: AnyModel | DistillConfig, student: AnyModel | None = None) -> None:
+        if isinstance(teacher, TransformerConfig):
+            teacher, student = _build(teacher, "teacher"), _build(teacher, "student")
+        if student is None:
+            raise ConfigError("DistillModel needs a student beside its teacher: DistillModel(teacher, student).")
+        parts = {"teacher": _describe(teacher), "student": _describe(student)}
+        sizes = {name: parts["student"][name] for name in TransformerConfig.__dataclass_fields__ if name != "extra"}
+        super().__init__(DistillConfig.from_dict(sizes | parts))
         self.teacher, self.student = teacher.requires_grad_(False).eval(), student
 
     def train(self, mode: bool = True) -> DistillModel:
@@ -48,3 +73,16 @@ class DistillModel(ComposedModel):
         with torch.no_grad():
             teacher_logits = self.teacher(**teacher_kwargs)[0]
         return teacher_logits, self.student(**student_kwargs)[0]
+
+
+def _describe(model: AnyModel) -> dict[str, Any]:
+    return model.config.to_dict(model_class=type(model).__name__, everything=True)
+
+
+def _build(config: TransformerConfig, name: str) -> AnyModel:
+    values = getattr(config, name, None) or config.extra.get(name)
+    if not values or "model_class" not in values:
+        raise ConfigError(f"DistillModel: the configuration has no '{name}' with a model_class. Give both models.")
+    model_class = find_model(values["model_class"])
+    model: AnyModel = model_class(model_class.config_class.from_dict(values))
+    return model
