@@ -46,7 +46,8 @@ class DistillModel(ComposedModel):
 
     def __init__(self, teacher: AnyModel | DistillConfig, student: AnyModel | None = None) -> None:
         if isinstance(teacher, TransformerConfig):
-            teacher, student = _build(teacher, "teacher"), _build(teacher, "student")
+            config = teacher
+            teacher, student = _build(config, "teacher"), _build(config, "student")
         if student is None:
             raise ConfigError("DistillModel needs a student beside its teacher: DistillModel(teacher, student).")
         parts = {"teacher": _describe(teacher), "student": _describe(student)}
