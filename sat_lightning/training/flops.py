@@ -17,17 +17,18 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from sat_lightning.model import BaseModel
+from sat_lightning.model import AnyModel, BaseModel, ComposedModel
 from sat_lightning.nn.mlp import MLP
 
 _LAYER = re.compile(r"\btransformer\.layers\.(\d+)\.")
 
 
-def count_flops(model: BaseModel, num_rows: int, length: int, *, is_training: bool) -> int:
+def count_flops(model: AnyModel, num_rows: int, length: int, *, is_training: bool) -> int:
     """Estimate the arithmetic of one batch; the formula stands at the top of this file.
 
     Args:
-        model: gives the sizes. Cross attention is taken to read as many tokens as it writes.
+        model: gives the sizes; the parts of a composed model are added up, each as if it read the whole batch. Cross
+            attention is taken to read as many tokens as it writes.
         num_rows: sequences.
         length: tokens of each.
         is_training: with the backward pass.
@@ -35,6 +36,9 @@ def count_flops(model: BaseModel, num_rows: int, length: int, *, is_training: bo
     Returns:
         Floating point operations; a product and its sum are two.
     """
+    if isinstance(model, ComposedModel):
+        parts = model.parts.values()
+        return sum(count_flops(part, num_rows, length, is_training=is_training) for part in parts)
     config = model.config
     first = _first_trained(model) if is_training else config.num_layers + 2
     per_token = 0.0

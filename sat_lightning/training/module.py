@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import ConfigError
-from sat_lightning.model import BaseMixin, BaseModel
+from sat_lightning.model import AnyModel, BaseMixin
 from sat_lightning.training.callbacks.exact_resume import ExactResume
 from sat_lightning.training.callbacks.save_on_signal import SaveOnSignal
 from sat_lightning.training.flops import count_flops
@@ -23,7 +23,7 @@ from sat_lightning.training.runs import is_trial, total_steps
 from sat_lightning.training.steps import StepModule
 from sat_lightning.training.summary import report_run
 
-ModelFactory = Callable[[], BaseModel]
+ModelFactory = Callable[[], AnyModel]
 MixinFactory = Callable[[TransformerConfig], BaseMixin]
 
 _DEFAULT_OPTIM = OptimConfig()
@@ -48,7 +48,7 @@ class SATLightningModule(StepModule):
         optim: settings of AdamW, and of the parameter groups and the schedule of any optimizer.
     """
 
-    model: BaseModel
+    model: AnyModel
     """The model with its mixins, once `configure_model` has run; None before."""
 
     def __init__(
@@ -78,7 +78,7 @@ class SATLightningModule(StepModule):
         self._compile_options = compile
         self._optimizer_factory = optimizer
         self._flops: dict[tuple[int, int, bool], int] = {}
-        if isinstance(model, BaseModel):
+        if isinstance(model, AnyModel):
             self._finish(model)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
@@ -104,8 +104,10 @@ class SATLightningModule(StepModule):
         """
         if not self._is_built:
             model = self._model_factory()
-            if not isinstance(model, BaseModel):
-                raise ConfigError(f"model builds a {type(model).__name__}, it must build a BaseModel.")
+            if not isinstance(model, AnyModel):
+                raise ConfigError(
+                    f"model builds a {type(model).__name__}, it must build a BaseModel or a ComposedModel."
+                )
             self._finish(model)
         datamodule: Any = getattr(self._trainer, "datamodule", None)
         if hasattr(datamodule, "check_model"):
@@ -153,7 +155,7 @@ class SATLightningModule(StepModule):
             self._flops[key] = count_flops(self._built_model(), num_rows, length, is_training=is_training)
         return self._flops[key]
 
-    def _finish(self, model: BaseModel) -> None:
+    def _finish(self, model: AnyModel) -> None:
         for name, factory in self._mixin_factories.items():
             model.add_mixin(name, factory(model.config))
         model.reinit(list(self._mixin_factories))
@@ -168,7 +170,7 @@ class SATLightningModule(StepModule):
     def _is_built(self) -> bool:
         return "model" in self._modules
 
-    def _built_model(self) -> BaseModel:
+    def _built_model(self) -> AnyModel:
         if not self._is_built:
             raise ConfigError("The model is built in configure_model(), which the Trainer calls. Call it first.")
         return self.model

@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
 from sat_lightning.errors import ConfigError
-from sat_lightning.model import BaseModel
+from sat_lightning.model import AnyModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +177,7 @@ def model_names(module: nn.Module) -> dict[str, list[str]]:
     Args:
         module: of a task of ours the names of its `model` lose that word; those of compiled parts lose the wrapper's.
     """
-    is_task = isinstance(getattr(module, "model", None), BaseModel)
+    is_task = isinstance(getattr(module, "model", None), AnyModel)
     names: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
