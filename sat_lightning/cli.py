@@ -13,10 +13,12 @@ from sat_lightning import __version__
 from sat_lightning.errors import InputError, SatError, UsageError, nearest
 
 PROGRAM = "sat-lightning"
+_CONVERT = "sat_lightning.checkpoint.convert:run_convert"
 _TRAINER = "sat_lightning.training.trainer_cli:run_trainer"
 
 #: What each verb does, and the function that does it, as module:name; it receives the verb and the words after it.
 VERBS: dict[str, tuple[str, str]] = {
+    "convert": ("write a checkpoint in another format: native, SAT's or Hugging Face's", _CONVERT),
     "fit": ("train a model, from the beginning or from a checkpoint", _TRAINER),
     "validate": ("measure a model on the validation split", _TRAINER),
     "test": ("measure a model on the test split", _TRAINER),

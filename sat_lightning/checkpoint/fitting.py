@@ -69,6 +69,11 @@ def fit(
     return LoadReport(*(tuple(kind) for kind in kinds))
 
 
+def check_fit(model: AnyModel, incoming: Incoming, tolerance: Tolerance, *, what: str) -> None:
+    """Refuse incoming tensors that would not fill a model, by their names; see `fit`."""
+    _check_names(model, _targets(model), incoming, tolerance, what)
+
+
 def _fill(
     own: Mapping[str, Tensor],
     incoming: Incoming,
@@ -81,6 +86,7 @@ def _fill(
     """Put tensors into those of the model; returns the names that keep their values, being of another shape."""
     shared = _shared_storages(own)
     taken: dict[int, tuple[str, Tensor]] = {}
+    adopted: set[int] = set()
     mismatched: list[str] = []
     waiting: list[tuple[Tensor, Tensor]] = []
     for name, tensor in incoming.tensors.items():
@@ -94,8 +100,10 @@ def _fill(
         other, same = taken.setdefault(id(target), (name, tensor))
         if other != name and not torch.equal(same, tensor):
             raise CheckpointError(f"{what}: '{other}' and '{name}' differ, and are one tensor in the model.")
+        if other != name:
+            continue
         if adopts and target.untyped_storage().data_ptr() not in shared:
-            _adopt(target, tensor, dtype)
+            _adopt(target, tensor, dtype, adopted)
         else:
             waiting.append((target, tensor))
     with torch.no_grad():
@@ -146,8 +154,11 @@ def _refuse_shape(name: str, target: Tensor, tensor: Tensor, tolerance: Toleranc
         )
 
 
-def _adopt(target: Tensor, tensor: Tensor, dtype: Dtype) -> None:
+def _adopt(target: Tensor, tensor: Tensor, dtype: Dtype, adopted: set[int]) -> None:
     if target.is_floating_point() and dtype != "auto":
         tensor = tensor.to(target.dtype if dtype is None else dtype)
+    if tensor.data_ptr() in adopted:  # a file has it once, for two parameters that may part
+        tensor = tensor.clone()
+    adopted.add(tensor.data_ptr())
     # Into .data: whoever holds the parameter, a tied module or an optimizer, goes on holding it.
     target.data = tensor.to(target.device)

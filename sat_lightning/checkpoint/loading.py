@@ -98,16 +98,16 @@ def load_checkpoint(
         CheckpointError: if there is nothing to read, or it does not fit; the model is then as it was.
     """
     tolerance = Tolerance(strict, may_miss, may_mismatch, ignore, reinit)
-    incoming = open_incoming(Source(Path(path), **reading), model, tolerance)
+    incoming = open_incoming(Source(Path(path), **reading), model)
     return fit(model, incoming, tolerance, what=str(path))
 
 
-def open_incoming(source: Source, model: AnyModel, tolerance: Tolerance) -> Incoming:
+def open_incoming(source: Source, model: AnyModel) -> Incoming:
     """Open the tensors that a source has for a model."""
     path, kind = source.path, find_format(source.path)
     own = model.state_dict()
     if kind == "hf":
-        return _open_hf(path, model, own, tolerance)
+        return _open_hf(path, model, own)
     if kind == "sat":
         tensors = open_sat(path, model.config, type(model).__name__, source.step)
     elif path.is_file():
@@ -129,13 +129,13 @@ def open_incoming(source: Source, model: AnyModel, tolerance: Tolerance) -> Inco
     return Incoming(tensors, notes=notes)
 
 
-def _open_hf(path: Path, model: AnyModel, own: Mapping[str, Tensor], tolerance: Tolerance) -> Incoming:
+def _open_hf(path: Path, model: AnyModel, own: Mapping[str, Tensor]) -> Incoming:
     values = read_json(path / "config.json")
     _, key_map = find_key_map(values, type(model))
     tensors = open_huggingface(path)
     plan = plan_import(
         key_map, tensors.keys(), model.config, own.keys(), what=str(path), is_tied=is_tied(values, key_map),
-        ignore=tolerance.ignore, strict=False,
+        strict=False,
     )  # fmt: skip
 
     imported = plan.read(tensors, str(path))

@@ -74,7 +74,7 @@ def from_pretrained(
         return build_model(plan, str(path)).eval()
     keeps_some = tolerance != Tolerance() or resize.needs_initial_values
     model = build_model(plan, str(path)) if keeps_some else build_empty(plan, str(path))
-    incoming = open_incoming(Source(path, **reading), model, tolerance)
+    incoming = open_incoming(Source(path, **reading), model)
     model.load_report = fit(model, incoming, tolerance, what=str(path), resize=resize, adopts=True, dtype=dtype)
     if isinstance(dtype, torch.dtype):
         model.to(dtype)

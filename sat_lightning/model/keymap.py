@@ -116,6 +116,10 @@ class KeyMap:
     """Their names (templates) that old files carry and the configuration determines; compared, not kept."""
     legacy_suffixes: Mapping[str, str] = field(default_factory=dict)
     """Ends of names in old files -> today's (`.gamma` -> `.weight`)."""
+    example: Callable[[Any, Any], tuple[dict[str, Any], dict[str, Any]]] | None = None
+    """(configuration, torch.Generator) -> keywords of our call and of theirs, to verify with. Default: random words."""
+    output: Callable[[Any], Tensor] | None = None
+    """What their call returns -> the tensor that our first result equals. Default: `logits`, or the first."""
     without: tuple[str, ...] = ()
     """Mixins of the class that these files have no weights for: removed after building."""
     adds: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
