@@ -251,7 +251,7 @@ def test_misspelt_recipes(old: str, new: str, text: str, folder: Path, capsys: p
 
 
 def test_verbs_and_missing_classes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "there is no verb 'fitt', only fit, validate, test, predict. Did you mean 'fit'?" in refusal(capsys, "fitt")
+    assert f"there is no verb 'fitt', only {', '.join(VERBS)}. Did you mean 'fit'?" in refusal(capsys, "fitt")
     assert "the following arguments are required: fit.data, fit.model" in refusal(capsys, "fit")
 
 
