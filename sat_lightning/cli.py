@@ -24,6 +24,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "test": ("measure a model on the test split", _TRAINER),
     "clean-cache": ("remove prepared data that nobody used for a month", "sat_lightning.data.cache:run_clean"),
     "predict": ("run a model over the test split", _TRAINER),
+    "doctor": ("see whether the ranks of a run can work together", "sat_lightning.training.doctor:run_doctor"),
 }
 
 HELP = """usage: {program} VERB [options]

@@ -320,6 +320,7 @@ trainer.fit(make_task(make_model(num_layers=1)), torch.utils.data.DataLoader(Rag
 """
 
 
+@pytest.mark.timeout(600)
 def test_two_ranks_are_counted_together(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(SCRIPT)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
