@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-import sat_lightning
+from sat_lightning import __version__
 from sat_lightning.errors import ConfigError
 
 Report = dict[str, str]
@@ -87,7 +87,7 @@ def describe_rank(local_rank: int, num_ranks: int, accelerator: str, configs: Se
         "kind": accelerator,
         "device": f"cpu, {torch.get_num_threads()} threads",
         "python": platform.python_version(),
-        "sat_lightning": f"{sat_lightning.__version__} ({hash_files(Path(sat_lightning.__file__).parent)})",
+        "sat_lightning": f"{__version__} ({hash_files(Path(__file__).parents[1])})",
         **{name: _version_of(name) for name in ("torch", "lightning", "deepspeed")},
         "cuda": torch.version.cuda or "none",
         "nccl": "none",
