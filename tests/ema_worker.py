@@ -32,11 +32,16 @@ Weights = dict[str, torch.Tensor]
 def whole_weights(module: L.LightningModule, *, precise: bool = False) -> Weights:
     """Copy the trained weights as the forward uses them, or as the optimizer keeps them; DeepSpeed gathers."""
     deepspeed = load_deepspeed("cpu")
+    optimizer = getattr(module.trainer.strategy.model, "optimizer", None)
+    groups = zip(getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_groups", []), strict=False)
+    masters = {id(used): kept for pair in groups for used, kept in zip(*pair, strict=True)}  # stage 0 in bf16
     found = {}
     for name, parameter in module.model.named_parameters():
         if not parameter.requires_grad:
             continue
         kept = deepspeed.utils.safe_get_full_fp32_param(parameter) if precise else None
+        if precise and id(parameter) in masters:
+            kept = masters[id(parameter)]
         if kept is None:
             with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
                 kept = parameter.detach().clone()

@@ -1,17 +1,18 @@
 """The trained weights as this rank keeps them: whole, or under ZeRO the part that its optimizer updates in fp32."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
-from sat_lightning.errors import ConfigError
+from sat_lightning.errors import CheckpointError, ConfigError
 from sat_lightning.model import AnyModel
+from sat_lightning.training.zero_state import find_fragments, full_shape, local_part, refresh_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,67 +61,52 @@ class OwnWeights:
         return Slot(name=name, shape=tuple(parameter.shape), start=0, length=parameter.numel())
 
 
-class _FragmentWeights(OwnWeights):
-    """Stages 1 and 2: each rank has a stretch of all parameters laid end to end, in fp32, and whole copies to use."""
+class _MasterWeights(OwnWeights):
+    """What DeepSpeed's optimizer updates: in fp32, and from stage 1 on a part of each parameter, or nothing."""
 
-    is_partitioned = True
-
-    def __init__(self, module: nn.Module, optimizer: Any) -> None:  # noqa: ANN401
-        self._optimizer = optimizer
+    def __init__(self, module: nn.Module, engine: Any) -> None:  # noqa: ANN401
+        self._optimizer = engine.optimizer
+        self._fragments = {fragment.name: fragment for fragment in find_fragments(engine)}
+        self.is_partitioned = engine.zero_optimization()
         super().__init__(module)
 
     def tensors(self) -> list[Tensor]:
-        mappings = [parameter._hp_mapping for parameter in self._parameters]
-        return [torch.empty(0) if found is None else found.get_hp_fragment().detach() for found in mappings]
+        found = (self._fragments.get(slot.name) for slot in self.slots)
+        return [torch.empty(0) if fragment is None else fragment.master for fragment in found]
 
     def publish(self) -> None:
-        self._optimizer.update_lp_params()
-
-    def _slot(self, name: str, parameter: Any) -> Slot:  # noqa: ANN401
-        mapping = parameter._hp_mapping
-        start, length = (
-            (0, 0) if mapping is None else (mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
-        )
-        return Slot(name=name, shape=tuple(parameter.shape), start=start, length=length)
-
-
-class _PartitionWeights(OwnWeights):
-    """Stage 3: each rank has an equal part of each parameter; without an optimizer only the copy to use."""
-
-    is_partitioned = True
-
-    def __init__(self, module: nn.Module, optimizer: Any) -> None:  # noqa: ANN401
-        if getattr(optimizer, "swap_optimizer", False) or getattr(optimizer, "params_in_nvme_and_cpu", False):
-            raise ConfigError("EMA cannot average weights that are offloaded to NVMe. Offload them to the CPU.")
-        self._optimizer = optimizer
-        self._is_trained = hasattr(optimizer, "fp32_partitioned_groups_flat")
-        super().__init__(module)
-
-    def tensors(self) -> list[Tensor]:
-        return [self._part(p)[: slot.length] for p, slot in zip(self._parameters, self.slots, strict=True)]
-
-    def publish(self) -> None:
-        offload = getattr(self._optimizer, "parameter_offload", self._optimizer)
-        # Whole copies that are still there would hide the new parts.
-        offload.partition_all_parameters()
-        if self._is_trained:
-            for index in range(len(self._optimizer.fp16_groups)):
-                self._optimizer._reassign_or_swap_out_partitioned_parameters(index)
+        if hasattr(self._optimizer, "parameter_offload"):  # stage 3
+            # Whole copies that are still there would hide the new parts.
+            self._optimizer.parameter_offload.partition_all_parameters()
             self._optimizer.invalidate_secondary_tensor()
-        if offload.persistent_parameters:
-            offload.persistent_parameters[0].all_gather(offload.persistent_parameters)
-
-    def _part(self, parameter: Any) -> Tensor:  # noqa: ANN401
-        if not self._is_trained:
-            return parameter.ds_tensor.detach()
-        group, start, length = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
-        return self._optimizer.fp32_partitioned_groups_flat[group].detach().narrow(0, start, length)
+        refresh_weights(self._optimizer)
 
     def _slot(self, name: str, parameter: Any) -> Slot:  # noqa: ANN401
-        size = parameter.partition_numel()
-        start = size * torch.distributed.get_rank(parameter.ds_process_group)
-        length = max(0, min(size, parameter.ds_numel - start))
-        return Slot(name=name, shape=tuple(parameter.ds_shape), start=start, length=length)
+        mine = self._fragments.get(name)
+        start, length = (mine.start, mine.master.numel()) if mine else (0, 0)
+        return Slot(name=name, shape=full_shape(parameter), start=start, length=length)
+
+
+class _SplitWeights(OwnWeights):
+    """Stage 3 without an optimizer: the part of each parameter that the forward gathers."""
+
+    is_partitioned = True
+
+    def __init__(self, module: nn.Module, engine: Any) -> None:  # noqa: ANN401
+        self._offload = engine.optimizer
+        super().__init__(module)
+
+    def tensors(self) -> list[Tensor]:
+        return [local_part(parameter)[1] for parameter in self._parameters]
+
+    def publish(self) -> None:
+        self._offload.partition_all_parameters()
+        if kept_whole := self._offload.persistent_parameters:
+            kept_whole[0].all_gather(kept_whole)
+
+    def _slot(self, name: str, parameter: Any) -> Slot:  # noqa: ANN401
+        start, piece = local_part(parameter)
+        return Slot(name=name, shape=full_shape(parameter), start=start, length=piece.numel())
 
 
 def own_weights(trainer: L.Trainer, module: nn.Module) -> OwnWeights:
@@ -131,7 +117,7 @@ def own_weights(trainer: L.Trainer, module: nn.Module) -> OwnWeights:
         module: the Lightning module.
 
     Returns:
-        In fp32 where the strategy keeps such a copy in parts (ZeRO 1 to 3), else as the forward uses them.
+        Under DeepSpeed the fp32 ones that the optimizer updates, else those that the forward uses.
 
     Raises:
         ConfigError: the strategy shards in another way, or keeps weights on NVMe.
@@ -140,10 +126,15 @@ def own_weights(trainer: L.Trainer, module: nn.Module) -> OwnWeights:
         name = type(trainer.strategy).__name__
         raise ConfigError(f"EMA works on one device, under DDP and under ZeRO, and not under {name}. Use zero_3.")
     engine: Any = trainer.strategy.model
-    optimizer = engine.optimizer if hasattr(engine, "zero_optimization_stage") else None
-    if any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
-        return _PartitionWeights(module, optimizer)
-    return _FragmentWeights(module, optimizer) if hasattr(optimizer, "update_lp_params") else OwnWeights(module)
+    if not hasattr(engine, "zero_optimization"):
+        return OwnWeights(module)
+    optimizer = engine.optimizer
+    if getattr(optimizer, "swap_optimizer", False) or getattr(optimizer, "params_in_nvme_and_cpu", False):
+        raise ConfigError("EMA cannot average weights that are offloaded to NVMe. Offload them to the CPU.")
+    if getattr(engine, "basic_optimizer", None) is not None:
+        return _MasterWeights(module, engine)
+    is_split = any(hasattr(parameter, "ds_tensor") for parameter in module.parameters())
+    return _SplitWeights(module, engine) if is_split else OwnWeights(module)
 
 
 def join_parts(
@@ -169,6 +160,68 @@ def join_parts(
         slot.cut(bits).copy_(part.view(torch.int32))
         torch.distributed.all_reduce(bits)
         yield slot, bits.view(torch.float32).reshape(slot.shape)
+
+
+def check_averages(slots: Sequence[Slot], saved: Mapping[str, tuple[int, ...] | None]) -> None:
+    """Refuse the averages of other weights.
+
+    Args:
+        slots: of the weights that train.
+        saved: shapes by name; the same on all ranks, so that all of them refuse.
+
+    Raises:
+        CheckpointError: names or shapes differ.
+    """
+    trained = {slot.name: slot.shape for slot in slots}
+    for name in sorted(saved.keys() | trained.keys()):
+        if saved.get(name) != trained.get(name):
+            raise CheckpointError(
+                f"EMA: of {name} the checkpoint averages {saved.get(name, 'nothing')}, and this run trains "
+                f"{trained.get(name, 'nothing')} (shapes). Train what was trained, or remove EMA."
+            )
+
+
+def send_wholes(
+    trainer: L.Trainer, slots: Sequence[Slot], wholes: Mapping[str, Tensor]
+) -> Iterator[tuple[Slot, Tensor]]:
+    """Yield whole tensors that were read from a checkpoint; every rank has to go through all of them.
+
+    Args:
+        trainer: of DeepSpeed's own checkpoints only its first rank is sure to have read them.
+        slots: which tensors.
+        wholes: by name.
+
+    Yields:
+        Each slot with its tensor.
+    """
+    is_sent = isinstance(trainer.strategy, DeepSpeedStrategy) and trainer.world_size > 1
+    device = trainer.strategy.root_device
+    for slot in slots:
+        if not is_sent:
+            yield slot, wholes[slot.name]
+            continue
+        whole = wholes[slot.name].to(device) if trainer.is_global_zero else torch.empty(slot.shape, device=device)
+        torch.distributed.broadcast(whole, 0)
+        yield slot, whole
+
+
+def move_averages(averages: Sequence[Tensor], weights: Sequence[Tensor], decay: float) -> None:
+    """Set every average to `decay * average + (1 - decay) * weight`, all in one launch where dtypes agree.
+
+    Args:
+        averages: changed in place.
+        weights: of the same shapes.
+        decay: how much of the averages stays.
+    """
+    pairs = [(average, weight) for average, weight in zip(averages, weights, strict=True) if weight.numel()]
+    if not pairs:
+        return
+    old, new = [average for average, _ in pairs], [weight for _, weight in pairs]
+    if all(average.dtype == weight.dtype for average, weight in pairs):
+        torch._foreach_lerp_(old, new, 1 - decay)
+    else:
+        torch._foreach_mul_(old, decay)
+        torch._foreach_add_(old, new, alpha=1 - decay)
 
 
 def model_names(module: nn.Module) -> dict[str, list[str]]:

@@ -20,7 +20,16 @@ from lightning.pytorch.trainer.states import TrainerFn
 from sat_lightning.errors import CheckpointError
 from sat_lightning.training.checkpoints import COMPLETE_NAME, AtomicCheckpointIO, commit, partial_path
 from sat_lightning.training.consolidation import save_consolidated
-from sat_lightning.training.zero_shards import LightningShards, ShardFiles, write_shard
+from sat_lightning.training.zero_shards import (
+    AVERAGE,
+    EMA_KEY,
+    PARTS_KEY,
+    SHARDS_KEY,
+    WEIGHT,
+    LightningShards,
+    ShardFiles,
+    write_shard,
+)
 from sat_lightning.training.zero_state import (
     load_training_state,
     load_untrained,
@@ -28,7 +37,7 @@ from sat_lightning.training.zero_state import (
 )
 
 STATE_NAME, ENGINE_NAME = "state.ckpt", "engine.json"
-_KEPT_ELSEWHERE = ("state_dict", "optimizer_states")
+_KEPT_ELSEWHERE = ("state_dict", "optimizer_states", PARTS_KEY)
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 
@@ -56,7 +65,8 @@ def save_zero_checkpoint(
     together.do(lambda: _make_empty(partial), f"{target} could not be written", on_rank=0)
 
     def write() -> None:
-        write_shard(partial, strategy.global_rank, strategy.world_size, parts_of(engine, module, strategy.global_rank))
+        parts = parts_of(engine, module, strategy.global_rank, checkpoint.get(PARTS_KEY, {}))
+        write_shard(partial, strategy.global_rank, strategy.world_size, parts)
         if strategy.is_global_zero:
             rest = {key: value for key, value in checkpoint.items() if key not in _KEPT_ELSEWHERE}
             torch.save(rest, partial / STATE_NAME)
@@ -104,7 +114,8 @@ def load_zero_checkpoint(
         write_facts(strategy.deepspeed_engine, facts)
     else:
         load_untrained(None, module, shards)
-    return {key: value for key, value in checkpoint.items() if key not in _KEPT_ELSEWHERE}
+    rest = {key: value for key, value in checkpoint.items() if key not in _KEPT_ELSEWHERE}
+    return rest | ({SHARDS_KEY: shards} if folder.is_dir() else {})
 
 
 def refuse_incomplete(folder: Path) -> None:
@@ -143,7 +154,7 @@ def read_as_lightning(folder: str | os.PathLike[str], weights_only: bool | None 
     order = [name for group in facts["groups_of"] for name in group]
     state: dict[int, dict[str, Any]] = {}
     for index, name in enumerate(order):
-        moments = {kind: shards.whole(name, kind) for kind in shards.kinds(name) if kind != "weight"}
+        moments = {kind: shards.whole(name, kind) for kind in shards.kinds(name) if kind not in (WEIGHT, AVERAGE)}
         if moments:
             state[index] = moments | {key: torch.tensor(value) for key, value in shards.scalars(name).items()}
     numbers = iter(range(len(order)))
@@ -153,6 +164,9 @@ def read_as_lightning(folder: str | os.PathLike[str], weights_only: bool | None 
     ]
     checkpoint["state_dict"] = {name: shards.whole(name) for name in shards.names}
     checkpoint["optimizer_states"] = [{"state": state, "param_groups": groups}]
+    if EMA_KEY in checkpoint:
+        averages = {name: shards.whole(name, AVERAGE) for name in order if AVERAGE in shards.kinds(name)}
+        checkpoint[EMA_KEY] = {"averages": averages} | checkpoint[EMA_KEY]
     return checkpoint
 
 

@@ -23,6 +23,9 @@ from sat_lightning.errors import CheckpointError
 
 #: What belongs to a name, beside the moments of its optimizer.
 WEIGHT = "weight"
+AVERAGE = "average"
+#: Where in a checkpoint of Lightning's `EMA` keeps its state, hands over its parts, and finds the files to read.
+EMA_KEY, PARTS_KEY, SHARDS_KEY = "ema", "ema_parts", "ema_shards"
 _FILE = "zero-{rank:05d}-of-{num_ranks:05d}.safetensors"
 _KEY = "{name}|{kind}"
 

@@ -4,16 +4,17 @@ DeepSpeed keeps flat buffers whose layout depends on the stage, the precision an
 `Fragment`s: views of those buffers, each with the name of its parameter. What is written in them is trained on.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sat_lightning.errors import CheckpointError
-from sat_lightning.training.zero_shards import WEIGHT, Part, Shards
+from sat_lightning.training.zero_shards import AVERAGE, WEIGHT, Part, Shards
 
 
 @dataclass(frozen=True)
@@ -132,18 +133,25 @@ def master_dtype(owner: Any) -> torch.dtype:  # noqa: ANN401
     return torch.float32
 
 
-def parts_of(engine: Any, module: nn.Module, rank: int) -> Iterator[Part]:  # noqa: ANN401
+def parts_of(
+    engine: Any,  # noqa: ANN401
+    module: nn.Module,
+    rank: int,
+    averages: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Iterator[Part]:
     """Yield what this rank writes to a checkpoint: every element is written by one rank at least.
 
     Args:
         engine: a `DeepSpeedEngine`.
         module: the LightningModule in it.
         rank: of this process.
+        averages: of the weights, by name, in the same parts.
     """
     trained = find_fragments(engine)
     is_split = engine.zero_optimization()
     for fragment in trained if is_split or rank == 0 else []:
         tensors = {WEIGHT: fragment.master, **fragment.moments}
+        tensors |= {AVERAGE: averages[fragment.name]} if fragment.name in averages else {}
         yield Part(fragment.name, full_shape(fragment.parameter), fragment.start, tensors, fragment.scalars)
     for name, tensor in untrained(engine, module):
         start, piece = local_part(tensor)
@@ -197,7 +205,7 @@ def load_training_state(engine: Any, module: nn.Module, shards: Shards) -> None:
             stop = fragment.start + fragment.master.numel()
             fragment.master.copy_(shards.read(fragment.name, WEIGHT, fragment.start, stop))
             state = states[fragment.flat]
-            for kind in (kind for kind in shards.kinds(fragment.name) if kind != WEIGHT):
+            for kind in (kind for kind in shards.kinds(fragment.name) if kind not in (WEIGHT, AVERAGE)):
                 value = shards.read(fragment.name, kind, fragment.start, stop)
                 if kind not in state:
                     state[kind] = torch.zeros_like(fragment.flat, dtype=value.dtype).detach()
@@ -206,7 +214,7 @@ def load_training_state(engine: Any, module: nn.Module, shards: Shards) -> None:
                 like = state.get(kind, torch.zeros((), device=_step_device(owner, fragment.flat)))
                 state[kind] = torch.full_like(like, number) if torch.is_tensor(like) else type(like)(number)
         load_untrained(engine, module, shards)
-        _refresh_weights(owner)
+        refresh_weights(owner)
 
 
 def _step_device(owner: Any, flat: Tensor) -> torch.device:  # noqa: ANN401
@@ -237,8 +245,12 @@ def load_untrained(engine: Any, module: nn.Module, shards: Shards) -> None:  # n
                 tensor.copy_(shards.read(name, WEIGHT, 0, tensor.numel()).view_as(tensor))
 
 
-def _refresh_weights(owner: Any) -> None:  # noqa: ANN401
-    """Compute with the weights that the optimizer has."""
+def refresh_weights(owner: Any) -> None:  # noqa: ANN401
+    """Compute with the weights that the optimizer has; every rank has to call this.
+
+    Args:
+        owner: the optimizer of a `DeepSpeedEngine`.
+    """
     if hasattr(owner, "grad_position"):
         for index in range(len(owner.fp16_groups)):
             owner._reassign_or_swap_out_partitioned_parameters(index)

@@ -1,20 +1,28 @@
 """An exponential moving average of the weights, which evaluates better than any one step's."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from sat_lightning.errors import CheckpointError, ConfigError
-from sat_lightning.training.shards import OwnWeights, Slot, join_parts, model_names, own_weights
-
-CHECKPOINT_KEY = "ema"
+from sat_lightning.errors import ConfigError
+from sat_lightning.training.deepspeed import SATDeepSpeedStrategy
+from sat_lightning.training.shards import (
+    OwnWeights,
+    Slot,
+    check_averages,
+    join_parts,
+    model_names,
+    move_averages,
+    own_weights,
+    send_wholes,
+)
+from sat_lightning.training.zero_shards import AVERAGE, EMA_KEY, PARTS_KEY, SHARDS_KEY
 
 
 @contextmanager
@@ -34,8 +42,8 @@ class EMA(L.Callback):
     prediction use it, and then the weights are put back bit for bit. Buffers are not averaged, nor are weights that are
     frozen when training starts.
 
-    A checkpoint holds the average whole, under `ema`, so that a run may go on with another number of ranks. It works
-    on one device, under DDP and under ZeRO.
+    A run may go on with another number of ranks: a checkpoint holds the average whole, under `ema`, and a folder of
+    ZeRO's holds it in parts, beside those of the weights. It works on one device, under DDP and under ZeRO.
 
     Args:
         decay: how much of the average is left by one step; the average looks back some `1 / (1 - decay)` steps.
@@ -70,6 +78,7 @@ class EMA(L.Callback):
         self._is_partitioned = False
         self._step = 0
         self._loaded: Mapping[str, Any] | None = None
+        self._shards: Any = None
         self._backup: list[Tensor] | None = None
         self._is_evaluating = False
 
@@ -86,7 +95,7 @@ class EMA(L.Callback):
         if not self._averages:
             if self._step:
                 rank_zero_warn(f"EMA: the checkpoint holds no average; it begins at the weights of step {self._step}.")
-            self._place((slot, None) for slot in self._own.slots)
+            self._place(None for _ in self._own.slots)
 
     def on_train_batch_end(
         self,
@@ -137,15 +146,21 @@ class EMA(L.Callback):
         if not self._averages:
             return
         self._follow(trainer)
-        state: dict[str, Any] = {"num_updates": self.num_updates, "averages": {}}
-        for slot, whole in self._join(trainer):
-            if trainer.is_global_zero:
-                state["averages"][slot.name] = whole.cpu() if self._is_partitioned else whole
-        checkpoint[CHECKPOINT_KEY] = state
+        state: dict[str, Any] = {"num_updates": self.num_updates}
+        if self._is_partitioned and isinstance(trainer.strategy, SATDeepSpeedStrategy):
+            pairs = zip(self._slots, self._averages, strict=True)
+            checkpoint[PARTS_KEY] = {slot.name: average for slot, average in pairs if slot.length}
+        else:
+            state["averages"] = {}
+            for slot, whole in self._join(trainer):
+                if trainer.is_global_zero:
+                    state["averages"][slot.name] = whole.cpu() if self._is_partitioned else whole
+        checkpoint[EMA_KEY] = state
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take the average of a checkpoint, once the strategy has placed the weights."""
-        self._loaded = checkpoint.get(CHECKPOINT_KEY)
+        self._loaded = checkpoint.get(EMA_KEY)
+        self._shards = checkpoint.get(SHARDS_KEY)
 
     @contextmanager
     def averaged(self, trainer: L.Trainer) -> Iterator[None]:
@@ -203,7 +218,7 @@ class EMA(L.Callback):
         decay = self.decay**self.every_n_steps
         if self.warmup:
             decay = min(decay, (1 + self.num_updates) / (10 + self.num_updates))
-        _update(self._averages, self._own.tensors(), decay)
+        move_averages(self._averages, self._own.tensors(), decay)
 
     def _start_evaluation(self, trainer: L.Trainer, module: nn.Module) -> None:
         if not self.evaluate:
@@ -242,59 +257,42 @@ class EMA(L.Callback):
         """Find the weights, and lay the averages out as they are laid out."""
         if self._weights is None:
             self._weights = own_weights(trainer, module)
-            if self._averages and (self._slots, self._is_partitioned) != (self._own.slots, self._own.is_partitioned):
-                self._place(self._join(trainer))
+            if self._averages and not self._fits():
+                self._place(slot.cut(whole) for slot, whole in self._join(trainer, self._own.slots))
         if self._loaded is not None:
             state, self._loaded = self._loaded, None
-            self._check(trainer, state["averages"])
-            self._place(self._receive(trainer, state["averages"]))
             self.num_updates = state["num_updates"]
+            slots, averages = self._own.slots, state.get("averages")
+            if averages is None and self._shards is not None:  # a folder of ZeRO's, of which each rank reads its part
+                shards = self._shards
+                check_averages(
+                    slots, {name: shards.shape(name) for name in shards.names if AVERAGE in shards.kinds(name)}
+                )
+                self._place(shards.read(slot.name, AVERAGE, slot.start, slot.start + slot.length) for slot in slots)
+            else:
+                averages = averages or {}
+                shapes = {name: tuple(average.shape) for name, average in averages.items()}
+                check_averages(slots, trainer.strategy.broadcast(shapes))
+                self._place(slot.cut(whole) for slot, whole in send_wholes(trainer, slots, averages))
 
     @_training_tensors()
-    def _place(self, wholes: Iterable[tuple[Slot, Tensor | None]]) -> None:
-        """Make averages of whole parameters, or of the weights where there are none."""
+    def _place(self, parts: Iterable[Tensor | None]) -> None:
+        """Make averages of flat parts in the layout of the weights, or of the weights where there are none."""
         averages = []
-        for slot, weight, (_, whole) in zip(self._own.slots, self._own.tensors(), wholes, strict=True):
+        for weight, part in zip(self._own.tensors(), parts, strict=True):
             average = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-            averages.append(average if whole is None else average.copy_(slot.cut(whole).view_as(average)))
+            averages.append(average if part is None else average.copy_(part.view_as(average)))
         self._averages, self._slots, self._is_partitioned = averages, self._own.slots, self._own.is_partitioned
 
-    def _join(self, trainer: L.Trainer) -> Iterator[tuple[Slot, Tensor]]:
+    def _fits(self) -> bool:
+        """Tell whether the averages lie as the weights do."""
+        own = self._own
+        shapes = [weight.shape for weight in own.tensors()]
+        is_alike = (self._slots, self._is_partitioned) == (own.slots, own.is_partitioned)
+        return is_alike and [average.shape for average in self._averages] == shapes
+
+    def _join(self, trainer: L.Trainer, slots: Sequence[Slot] | None = None) -> Iterator[tuple[Slot, Tensor]]:
+        """Yield whole averages with their slots, or with others in the same order."""
         device = trainer.strategy.root_device
-        return join_parts(self._slots, self._averages, is_partitioned=self._is_partitioned, device=device)
-
-    def _check(self, trainer: L.Trainer, averages: Mapping[str, Tensor]) -> None:
-        """Refuse a checkpoint of other weights, on all ranks alike."""
-        saved = trainer.strategy.broadcast({name: tuple(average.shape) for name, average in averages.items()})
-        trained = {slot.name: slot.shape for slot in self._own.slots}
-        for name in sorted(saved.keys() | trained.keys()):
-            if saved.get(name) != trained.get(name):
-                raise CheckpointError(
-                    f"EMA: of {name} the checkpoint averages {saved.get(name, 'nothing')}, and this run trains "
-                    f"{trained.get(name, 'nothing')} (shapes). Train what was trained, or remove EMA."
-                )
-
-    def _receive(self, trainer: L.Trainer, averages: Mapping[str, Tensor]) -> Iterator[tuple[Slot, Tensor]]:
-        """Yield whole averages; of DeepSpeed's checkpoints only the first rank is sure to have read them."""
-        is_sent = isinstance(trainer.strategy, DeepSpeedStrategy) and trainer.world_size > 1
-        for slot in self._own.slots:
-            if not is_sent:
-                yield slot, averages[slot.name]
-                continue
-            device = trainer.strategy.root_device
-            has_it = trainer.is_global_zero
-            whole = averages[slot.name].to(device) if has_it else torch.empty(slot.shape, device=device)
-            torch.distributed.broadcast(whole, 0)
-            yield slot, whole
-
-
-def _update(averages: list[Tensor], weights: list[Tensor], decay: float) -> None:
-    pairs = [(average, weight) for average, weight in zip(averages, weights, strict=True) if weight.numel()]
-    if not pairs:
-        return
-    old, new = [average for average, _ in pairs], [weight for _, weight in pairs]
-    if all(average.dtype == weight.dtype for average, weight in pairs):
-        torch._foreach_lerp_(old, new, 1 - decay)
-    else:
-        torch._foreach_mul_(old, decay)
-        torch._foreach_add_(old, new, alpha=1 - decay)
+        joined = join_parts(self._slots, self._averages, is_partitioned=self._is_partitioned, device=device)
+        return ((slot, whole) for slot, (_, whole) in zip(slots or self._slots, joined, strict=True))
