@@ -13,6 +13,7 @@ import lightning as L
 import torch
 
 from sat_lightning.training import EMA, SATDeepSpeedStrategy, ZeroOptions
+from sat_lightning.training.consolidation import save_consolidated
 from sat_lightning.training.deepspeed import load_deepspeed
 from tests.zero_cases import FAMILIES, Case, make_case_trainer, make_loader
 
@@ -131,6 +132,7 @@ class Export(L.Callback):
             self.averages = self.ema.ema_state_dict(trainer)
         if self.checkpoint is not None:
             trainer.save_checkpoint(self.checkpoint)
+            save_consolidated(trainer, self.checkpoint.with_suffix(".model"))
 
 
 def run_case(case: Case, rank: int, folder: Path) -> dict[str, Any]:
@@ -155,8 +157,15 @@ def run_case(case: Case, rank: int, folder: Path) -> dict[str, Any]:
     checkpoint = folder / f"{case}.ckpt"
     first, second = EMA(decay=DECAY), EMA(decay=DECAY)
     saved, resumed = Export(first, checkpoint), Export(second)
-    train(case, rank, [first, saved], steps=SAVED_AT)
+    at_save = Witness()
+    train(case, rank, [first, at_save, saved], steps=SAVED_AT)
     train(case, rank, [second, resumed], ckpt_path=checkpoint)
+    if case.strategy in ("zero_2", "zero_3"):  # evaluated from a checkpoint alone, where no optimizer has weights
+        fresh, third = Witness(), EMA()
+        fresh.averages = at_save.averages
+        trainer = make_case_trainer(case, NUM_RANKS, callbacks=[fresh, third])
+        trainer.validate(FAMILIES[case.family](), make_loader(rank, NUM_RANKS), ckpt_path=checkpoint, verbose=False)
+        found["from_checkpoint"] = [third.num_updates, max(fresh.during)]
     found["resumed_updates"] = second.num_updates
     found["resumes_exactly"] = same(resumed.averages_at_start, saved.averages)
     found["moves_on"] = rank > 0 or distance(resumed.averages, saved.averages) > 1e-6
@@ -164,6 +173,7 @@ def run_case(case: Case, rank: int, folder: Path) -> dict[str, Any]:
         found["export"] = distance(export.averages, witness.averages)
         found["dtypes"] = sorted({str(value.dtype) for value in export.averages.values()})
         torch.save(saved.averages, folder / f"{case}.averages.pt")
+        torch.save({name: value.cpu() for name, value in saved.weights.items()}, folder / f"{case}.weights.pt")
     else:
         found["others_are_empty"] = not export.averages
     return found

@@ -12,9 +12,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from sat_lightning.models import GPT2Model
 from sat_lightning.training import EMA
-from tests.ema_worker import CASES, NUM_STEPS
+from sat_lightning.training.zero_checkpoint import read_as_lightning
+from tests.ema_worker import CASES, NUM_STEPS, SAVED_AT
 from tests.training_examples import counting_loader, make_trainer
 from tests.zero_cases import FAMILIES, Case
 
@@ -49,8 +52,35 @@ def test_each_rank_averages_its_part_and_all_is_as_on_one(folder: Path, case: Ca
         # The last bit of bf16 may go either way, where the two averages differ in the last of fp32.
         assert rank["while_evaluating"] <= (1e-2 if case.precision == "bf16-mixed" else 1e-6)
         assert rank["num_evaluated"] > 2 and len(rank["is_put_back"]) > 1 and all(rank["is_put_back"])
+        updates, distance = rank.get("from_checkpoint", (SAVED_AT, 0.0))
+        assert updates == SAVED_AT and distance <= (1e-2 if case.precision == "bf16-mixed" else 1e-6)
         assert rank.get("trains_alike", True) and rank["resumes_exactly"] and rank["moves_on"]
     assert first["export"] <= 1e-6 and first["dtypes"] == ["torch.float32"] and second["others_are_empty"]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.strategy.startswith("zero_")], ids=str)
+def test_shards_of_two_ranks_hold_the_whole_average(folder: Path, case: Case) -> None:
+    results(folder, case)
+    saved = torch.load(folder / f"{case}.averages.pt", weights_only=True)
+    read = read_as_lightning(folder / f"{case}.ckpt")
+    assert read["ema"]["num_updates"] == SAVED_AT
+    averages = {name.removeprefix("model."): value for name, value in read["ema"]["averages"].items()}
+    assert averages.keys() == saved.keys() and all(torch.equal(averages[name], saved[name]) for name in saved)
+    moments = {kind for state in read["optimizer_states"][0]["state"].values() for kind in state}
+    assert moments == {"step", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_average_is_exported_as_a_model_of_its_own(folder: Path, case: Case) -> None:
+    results(folder, case)
+    exported = folder / f"{case}.model"
+    for place, name in ((exported, "weights"), (exported / "ema", "averages")):
+        model = GPT2Model.from_pretrained(place) if case.family == "gpt2" else None
+        tensors = load_file(place / "model.safetensors") if model is None else dict(model.state_dict())
+        expected = torch.load(folder / f"{case}.{name}.pt", weights_only=True)
+        assert all(torch.equal(tensors[key].float(), expected[key].float()) for key in expected)
+    base = "transformer.final_layernorm.weight"
+    assert base in tensors and (exported / "ema" / "model_config.json").is_file()
 
 
 def test_checkpoint_of_two_ranks_goes_on_with_one(folder: Path) -> None:

@@ -42,14 +42,27 @@ def save_consolidated(
     """Write the whole weights of a run as `AutoModel.from_pretrained` reads them; every rank has to call this.
 
     A `BaseModel` in the attribute `model` becomes a model folder, `model.safetensors` and `model_config.json`, in its
-    own names. Of any other LightningModule the first of the two is written, in the names of its `state_dict`.
+    own names. Of any other LightningModule the first of the two is written, in the names of its `state_dict`. Where the
+    run has an `EMA`, its average is written too, as a set of its own in the folder `ema` inside.
 
     Args:
         module: a LightningModule in a run, or its Trainer.
         folder: made where it is missing.
         strategy: of the run. Default: that of the module's trainer.
     """
+    # Late, since a strategy writes with this and the callback knows the strategy.
+    from sat_lightning.training.callbacks.ema import EMA
+
     module = getattr(module, "lightning_module", module)
+    _write_whole(module, folder, strategy)
+    trainer: Any = getattr(module, "_trainer", None)
+    for callback in trainer.callbacks if trainer is not None else ():
+        if isinstance(callback, EMA) and callback.has_average:
+            with callback.averaged(trainer):
+                _write_whole(module, Path(folder) / "ema", strategy)
+
+
+def _write_whole(module: Any, folder: str | os.PathLike[str], strategy: Strategy | None) -> None:  # noqa: ANN401
     tensors = consolidated_state_dict(module, strategy)
     if not tensors:
         return

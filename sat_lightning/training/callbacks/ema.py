@@ -192,15 +192,19 @@ class EMA(L.Callback):
         """
         module = trainer.lightning_module
         self._prepare(trainer, module)
-        if not self._averages:
+        if not self.has_average:
             raise ConfigError("EMA: there is no average before training begins or a checkpoint with one is loaded.")
         names = model_names(module)
         wholes: dict[str, Tensor] = {}
         for slot, whole in self._join(trainer):
             if trainer.is_global_zero:
-                copy = whole.to("cpu", copy=True)
-                wholes |= dict.fromkeys(names[slot.name], copy)
+                wholes |= dict.fromkeys(names[slot.name], whole.to("cpu", copy=True))
         return wholes
+
+    @property
+    def has_average(self) -> bool:
+        """Whether training has begun, or a checkpoint with an average was loaded."""
+        return bool(self._averages)
 
     @property
     def _own(self) -> OwnWeights:
@@ -286,10 +290,8 @@ class EMA(L.Callback):
 
     def _fits(self) -> bool:
         """Tell whether the averages lie as the weights do."""
-        own = self._own
-        shapes = [weight.shape for weight in own.tensors()]
-        is_alike = (self._slots, self._is_partitioned) == (own.slots, own.is_partitioned)
-        return is_alike and [average.shape for average in self._averages] == shapes
+        is_alike = (self._slots, self._is_partitioned) == (self._own.slots, self._own.is_partitioned)
+        return is_alike and [a.shape for a in self._averages] == [weight.shape for weight in self._own.tensors()]
 
     def _join(self, trainer: L.Trainer, slots: Sequence[Slot] | None = None) -> Iterator[tuple[Slot, Tensor]]:
         """Yield whole averages with their slots, or with others in the same order."""
