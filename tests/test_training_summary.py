@@ -7,6 +7,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch.utils.data import DataLoader, IterableDataset
 
 from sat_lightning.cli import main
@@ -153,6 +154,7 @@ def test_nothing_is_written_without_a_logger_or_on_trial(tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     make_trainer(1).fit(make_task(), counting_loader())
     make_trainer(1, fast_dev_run=True, logger=CSVLogger(tmp_path)).fit(make_task(), counting_loader())
+    make_trainer(1, logger=DummyLogger()).fit(make_task(), counting_loader())  # it has no folder
     assert list(tmp_path.rglob("summary.txt")) == []
 
 

@@ -1,11 +1,13 @@
 """What a run trains, and how much of it a step is: a table before the first step, on the screen and in a file."""
 
+from pathlib import Path
+
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from sat_lightning.training.flops import size_of
-from sat_lightning.training.runs import is_trial, run_folder, steps_per_epoch, total_steps, write_whole
+from sat_lightning.training.runs import is_trial, steps_per_epoch, total_steps, write_whole
 
 FILE_NAME = "summary.txt"
 
@@ -19,10 +21,9 @@ def report_run(trainer: L.Trainer, model: nn.Module) -> None:
     """
     text = f"{describe_parameters(model)}\n{describe_steps(trainer)}"
     rank_zero_info(text)
-    if trainer.loggers and not is_trial(trainer):
-        path = run_folder(trainer) / FILE_NAME
-        if trainer.is_global_zero:
-            write_whole(path, f"{text}\n".encode())
+    folder = trainer.log_dir if trainer.loggers else None  # every rank asks; a logger may have no folder
+    if folder is not None and trainer.is_global_zero and not is_trial(trainer):
+        write_whole(Path(folder) / FILE_NAME, f"{text}\n".encode())
 
 
 def describe_parameters(model: nn.Module) -> str:
