@@ -91,21 +91,16 @@ class HookTable:
     """For each seam the owners in call order, outermost first, ending in `default` or the hook that replaced it."""
     implementations: Mapping[str, tuple[Hook, ...]]
     """For each seam the functions behind `origins`, in the same order."""
+    reads_mask: bool
+    """Whether any hook sees the attention mask, so that it must be a real tensor of its full shape."""
+    looks_up_positions: bool
+    """Whether `position_ids` are rows of the default's position table, and nothing else."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle through plain dicts; bound methods follow their owners, so a copy's hooks are the copy's."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return _rebuild_table, (
             values | {"origins": dict(self.origins), "implementations": dict(self.implementations)},
-        )
-
-    @property
-    def reads_mask(self) -> bool:
-        """Whether any hook sees the attention mask, so that it must be a real tensor of its full shape."""
-        return not (
-            self.layer_forward is None
-            and self.attention_forward is None
-            and self.origins["attention_fn"] == ("default",)
         )
 
     @property
@@ -118,7 +113,8 @@ class HookTable:
         return {seam: " -> ".join(owners) for seam, owners in self.origins.items()}
 
 
-SEAMS: tuple[str, ...] = tuple(f.name for f in fields(HookTable) if f.name not in ("origins", "implementations"))
+_FACTS = ("origins", "implementations", "reads_mask", "looks_up_positions")
+SEAMS: tuple[str, ...] = tuple(f.name for f in fields(HookTable) if f.name not in _FACTS)
 _MAY_BE_SILENT = frozenset(
     "layer_forward attention_forward query_key_forward cross_attention_forward mlp_forward routing_forward "
     "linear_forward".split()
@@ -151,7 +147,16 @@ def resolve_hooks(backbone: object, model: object = None, mixins: Mapping[str, o
         origins[seam] = tuple(owner for owner, _ in chain)
         implementations[seam] = tuple(hook for _, hook in chain)
         table[seam] = None if origins[seam] == ("default",) and seam in _MAY_BE_SILENT else _compose(chain)
-    return _rebuild_table({**table, "origins": origins, "implementations": implementations})
+    speaks = {seam for seam, names in origins.items() if names != ("default",)}
+    return _rebuild_table(
+        {
+            **table,
+            "origins": origins,
+            "implementations": implementations,
+            "reads_mask": bool(speaks & {"layer_forward", "attention_forward", "attention_fn"}),
+            "looks_up_positions": "position_embedding_forward" not in speaks,
+        }
+    )
 
 
 def _rebuild_table(values: dict[str, Any]) -> HookTable:

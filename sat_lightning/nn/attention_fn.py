@@ -103,8 +103,7 @@ def attention_fn_default(
         exact = _tensor_mask(plan, query, key)
         return standard_attention(query, key, value, exact, attention_dropout, plan.weights, plan.is_scaled)
     if attention_backend == "flash":
-        with torch.nn.attention.sdpa_kernel(_flash_backend(plan, query, key)):
-            return _sdpa(query, key, value, plan)
+        return _flash(query, key, value, plan)
     if attention_backend == "auto" and plan.is_plain and is_blocked_faster(query, key):
         scale = 1.0 / math.sqrt(query.shape[-1]) if plan.is_scaled else 1.0
         return blocked_attention(query, key, value, is_causal=is_causal, scale=scale)
@@ -208,7 +207,7 @@ def _eager_flex(is_cuda: bool) -> Any:
     return torch.compile(flex_attention) if is_cuda else flex_attention
 
 
-def _flash_backend(plan: _Plan, query: Tensor, key: Tensor) -> Any:
+def _flash(query: Tensor, key: Tensor, value: Tensor, plan: _Plan) -> Tensor:
     if plan.weights is not None and plan.weights.requires_grad:
         raise InputError(
             "attention_backend 'flash' gives log_attention_weights no gradient: choose 'sdpa', or detach them."
@@ -219,7 +218,10 @@ def _flash_backend(plan: _Plan, query: Tensor, key: Tensor) -> Any:
             "attention_backend 'flash' takes no mask tensor and no log_attention_weights on a GPU: only the full mask "
             "(None), and the causal one (-1) over as many keys as queries. Choose 'sdpa' or 'flex'."
         )
-    return torch.nn.attention.SDPBackend.FLASH_ATTENTION
+    if not query.is_cuda:  # older CPU kernels do not group queries
+        key, value = (_repeat_heads(x, query.shape[1]) for x in (key, value))
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        return _sdpa(query, key, value, plan)
 
 
 def _tensor_mask(plan: _Plan, query: Tensor, key: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Sum word and position embeddings: `[b, s]` to `[b, s, c]`; hooks may write to `carry` for layer 0."""
         hidden_states = hooks.word_embedding_forward(input_ids, output_cross_layer=carry, **kw)
-        if hooks.origins["position_embedding_forward"] == ("default",) and self.position_embeddings is not None:
+        if hooks.looks_up_positions and self.position_embeddings is not None:
             self._check_positions(position_ids, hidden_states)
         positions = hooks.position_embedding_forward(position_ids, output_cross_layer=carry, **kw)
         if positions is not None:
