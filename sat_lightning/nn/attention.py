@@ -59,13 +59,17 @@ class SelfAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, mask: Tensor, *args: Any, hooks: HookTable, **kw: Any) -> Tensor:
         """Ask the `attention_forward` hook, or answer: `[b, s, c]` to `[b, s, c]`."""
-        return (hooks.attention_forward or self.attend)(hidden_states, mask, *args, hooks=hooks, **kw)
+        return (self.attend if hooks.attention_forward is None else hooks.attention_forward)(
+            hidden_states, mask, *args, hooks=hooks, **kw
+        )
 
     def attend(self, hidden_states: Tensor, mask: Tensor, *, hooks: HookTable, **kw: Any) -> Tensor:
         """Project, turn, attend, project."""
         mixed = apply_linear(self, "query_key_value", hidden_states, hooks=hooks, **kw)
         query, key, value = (split_heads(x, self.hidden_size_per_attention_head) for x in split_last(mixed, self.sizes))
-        query, key = (hooks.query_key_forward or self.turn)(query, key, hooks=hooks, **kw)
+        query, key = (self.turn if hooks.query_key_forward is None else hooks.query_key_forward)(
+            query, key, hooks=hooks, **kw
+        )
         context = hooks.attention_fn(query, key, value, mask, dropout_of(self), hooks=hooks, **kw)  # [b, h, s, d]
         output = apply_linear(self, "dense", merge_heads(context), hooks=hooks, **kw)
         return self.output_dropout(output)
@@ -111,7 +115,7 @@ class CrossAttention(nn.Module):
         **kw: Any,
     ) -> Tensor:
         """Ask the `cross_attention_forward` hook, or answer: `[b, s, c]` to `[b, s, c]`."""
-        hook = hooks.cross_attention_forward or self.attend
+        hook = self.attend if hooks.cross_attention_forward is None else hooks.cross_attention_forward
         return hook(hidden_states, cross_attention_mask, encoder_outputs, hooks=hooks, **kw)
 
     def attend(

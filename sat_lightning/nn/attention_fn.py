@@ -104,7 +104,7 @@ def attention_fn_default(
         return standard_attention(query, key, value, exact, attention_dropout, plan.weights, plan.is_scaled)
     if attention_backend == "flash":
         return _flash(query, key, value, plan)
-    if attention_backend == "auto" and plan.is_plain and is_blocked_faster(query, key):
+    if attention_backend == "auto" and _is_plain(plan) and is_blocked_faster(query, key):
         scale = 1.0 / math.sqrt(query.shape[-1]) if plan.is_scaled else 1.0
         return blocked_attention(query, key, value, is_causal=is_causal, scale=scale)
     return _sdpa(query, key, value, plan)
@@ -140,10 +140,10 @@ class _Plan(NamedTuple):
     is_scaled: bool
     dropout_prob: float
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether nothing but causality distinguishes one score from another."""
-        return self.mask is None and self.weights is None and self.dropout_prob == 0.0
+
+def _is_plain(plan: _Plan) -> bool:
+    """Tell whether nothing but causality distinguishes one score from another."""
+    return plan.mask is None and plan.weights is None and plan.dropout_prob == 0.0
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, plan: _Plan) -> Tensor:

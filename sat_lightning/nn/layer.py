@@ -99,7 +99,7 @@ class TransformerLayer(nn.Module):
             )
         this_layer: dict[str, Any] = {}
         cross_layer: dict[str, Any] = {}
-        hidden_states = (hooks.layer_forward or self.block)(
+        hidden_states = (self.block if hooks.layer_forward is None else hooks.layer_forward)(
             hidden_states, mask, hooks=hooks, **kw, **carry,
             output_this_layer=this_layer, output_cross_layer=cross_layer,
         )  # fmt: skip

@@ -61,13 +61,17 @@ class MLP(nn.Module):
 
     def forward(self, hidden_states: Tensor, *, hooks: HookTable, **kw: Any) -> Tensor:
         """Ask the `mlp_forward` hook, or answer: `[b, s, c]` to `[b, s, c]`."""
-        return self.dropout((hooks.mlp_forward or self.feed)(hidden_states, hooks=hooks, **kw))
+        return self.dropout(
+            (self.feed if hooks.mlp_forward is None else hooks.mlp_forward)(hidden_states, hooks=hooks, **kw)
+        )
 
     def feed(self, hidden_states: Tensor, *, hooks: HookTable, activate: Activate | None = None, **kw: Any) -> Tensor:
         """Run the MLP, or route every token to its experts; a mixin with a gate of its own gives `activate`."""
         if self.num_experts == 1:
             return self.expert(hidden_states, 0, activate=activate, hooks=hooks, **kw)
-        weights, chosen = (hooks.routing_forward or self.route)(hidden_states, hooks=hooks, **kw)  # [n, k] both
+        weights, chosen = (self.route if hooks.routing_forward is None else hooks.routing_forward)(
+            hidden_states, hooks=hooks, **kw
+        )  # [n, k] both
         tokens = hidden_states.flatten(0, -2)  # [n, c]
         # Where shapes may not depend on data every expert sees every token, and the others' weights are 0.
         combine = self._combine_dense if torch.compiler.is_compiling() else self._combine_chosen
