@@ -31,6 +31,7 @@ from sat_lightning.data.documents import DocumentCollate, PackedDocuments, separ
 from sat_lightning.data.entries import WeightedPath
 from sat_lightning.data.mixed import MixedRows
 from sat_lightning.data.mixture import Mixture, Share
+from sat_lightning.data.model_tokenizers import SentencePieceFile, get_tokenizer
 from sat_lightning.data.order import PADDING_ROW, ShardedOrder, permute
 from sat_lightning.data.packing import IGNORED_TARGET, PackedTokens
 from sat_lightning.data.preparation import prepare_store
@@ -59,6 +60,7 @@ __all__ = [
     "ProcessedRecords",
     "Records",
     "SampleOptions",
+    "SentencePieceFile",
     "ShardStream",
     "Share",
     "ShardedBatches",
@@ -74,6 +76,7 @@ __all__ = [
     "WeightedPath",
     "batch_by_tokens",
     "bucket_by_length",
+    "get_tokenizer",
     "load_tokenizer",
     "open_records",
     "open_source",

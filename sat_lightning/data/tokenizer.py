@@ -91,20 +91,21 @@ class TokenizersFile:
     Args:
         path: the JSON file, or a folder that holds `tokenizer.json`.
         end_of_document_token: the token between documents; default the first usual name the vocabulary has.
+        content: of such a file, which need not exist then.
 
     Raises:
         DataError: the library or the file is missing, the file is no tokenizer, or no such token is found.
     """
 
-    def __init__(self, path: str, end_of_document_token: str | None = None) -> None:
+    def __init__(self, path: str, end_of_document_token: str | None = None, content: bytes | None = None) -> None:
         file = Path(path).expanduser().absolute()
         file = file / "tokenizer.json" if file.is_dir() else file
-        if not file.is_file():
+        if content is None and not file.is_file():
             raise DataError(
                 f"tokenizer '{path}' is neither 'bytes' nor a tokenizers JSON file.{nearest(path, ['bytes'])} "
                 f"As a file: {describe_nearest(file)} Give 'bytes' or the path of a tokenizer.json."
             )
-        content = file.read_bytes()
+        content = file.read_bytes() if content is None else content
         self._tokenizer = _load_library_tokenizer(path, content)
         # The largest id, not the number of entries: a vocabulary may have holes.
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -161,7 +162,8 @@ def load_tokenizer(name: str, end_of_document_token: str | None = None) -> Token
     """Load a tokenizer by name.
 
     Args:
-        name: `bytes`, or the path of a `tokenizers` JSON file or of a folder with `tokenizer.json`.
+        name: `bytes`, or the path of a `tokenizers` JSON file, or what else `get_tokenizer` reads: a
+            SentencePiece model, a model's folder.
         end_of_document_token: the token between documents of such a file; default found among the usual names.
 
     Returns:
@@ -170,7 +172,11 @@ def load_tokenizer(name: str, end_of_document_token: str | None = None) -> Token
     Raises:
         DataError: see `TokenizersFile`.
     """
-    return ByteTokenizer() if name == "bytes" else TokenizersFile(name, end_of_document_token)
+    if name == "bytes" or not Path(name).expanduser().exists():
+        return ByteTokenizer() if name == "bytes" else TokenizersFile(name, end_of_document_token)
+    from sat_lightning.data.model_tokenizers import get_tokenizer  # it builds upon this module
+
+    return get_tokenizer(name, end_of_document_token)
 
 
 def to_bytes(text: str | bytes) -> bytes:
