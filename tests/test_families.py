@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from sat_lightning import AutoModel
 from tests.families import FAMILIES, SIZES, ids
 
 NAMES = sorted(FAMILIES)
@@ -108,3 +109,14 @@ def test_the_plain_configuration_becomes_the_familys(name):
     assert type(again.config) is type(model.config)
     assert again.state_dict().keys() == model.state_dict().keys()
     assert again.config.num_layers == SIZES["num_layers"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_saved_folder_rebuilds_the_model(name, tmp_path):
+    family = FAMILIES[name]
+    model = family.build().eval()
+    model.save_pretrained(tmp_path / "model")
+    twin = AutoModel.from_pretrained(tmp_path / "model")
+    assert type(twin) is type(model)
+    with torch.no_grad():
+        assert torch.equal(family.run(twin), family.run(model))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sat_lightning import TransformerConfig
+from sat_lightning import AutoModel, TransformerConfig
 from sat_lightning.errors import ConfigError, HookError, InputError
 from sat_lightning.mixins import LMHeadMixin
 from sat_lightning.models import DistillModel, GLMModel, GPT2Model, LLaMAModel, RobertaModel
@@ -202,6 +202,13 @@ def test_a_teacher_never_learns():
     assert twin.config == model.config
     with pytest.raises(ConfigError, match="DistillModel needs a student beside its teacher"):
         DistillModel(teacher)
+
+
+def test_a_teacher_and_a_student_are_saved_and_loaded(tmp_path):
+    model = DistillModel(built("gpt2"), built("llama")).eval()
+    model.save_pretrained(tmp_path / "pair")
+    twin, kw = AutoModel.from_pretrained(tmp_path / "pair"), {"input_ids": IDS}
+    assert_close(twin(kw, kw), model(kw, kw), atol=0, rtol=0)
 
 
 def test_two_models_share_a_backbone():

@@ -23,11 +23,13 @@ if TYPE_CHECKING:
     from sat_lightning.models.gptneo import GPTNeoModel
     from sat_lightning.models.llama import LLaMAModel
     from sat_lightning.models.mixtral import MixtralModel
+    from sat_lightning.models.presets import PRESETS, preset
     from sat_lightning.models.roberta import RobertaModel
     from sat_lightning.models.t5 import T5Model
 
 __all__ = [
     "GLM130B",
+    "PRESETS",
     "BaseModel",
     "BertModel",
     "ChatGLM2Model",
@@ -46,6 +48,7 @@ __all__ = [
     "MixtralModel",
     "RobertaModel",
     "T5Model",
+    "preset",
 ]
 
 # The names of each module.
@@ -62,6 +65,7 @@ _LAZY = {
     "gptneo": "GPTNeoModel",
     "llama": "LLaMAModel",
     "mixtral": "MixtralModel",
+    "presets": "PRESETS preset",
     "roberta": "RobertaModel",
     "t5": "T5Model",
 }

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from sat_lightning import models
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import ConfigError
 from sat_lightning.model import AnyModel, ComposedModel, find_model, register_model
@@ -84,6 +85,7 @@ def _build(config: TransformerConfig, name: str) -> AnyModel:
     values = getattr(config, name, None) or config.extra.get(name)
     if not values or "model_class" not in values:
         raise ConfigError(f"DistillModel: the configuration has no '{name}' with a model_class. Give both models.")
+    models.import_families()
     model_class = find_model(values["model_class"])
     model: AnyModel = model_class(model_class.config_class.from_dict(values))
     return model

@@ -94,7 +94,11 @@ def _check_shape(mask: Tensor, batch_size: int, query_length: int) -> None:
     is_pairwise = mask.dim() == 2 and shape[0] in (1, query_length)
     is_batched = mask.dim() == 4 and shape[1] == 1 and shape[0] in (1, batch_size) and shape[2] in (1, query_length)
     if not (is_pairwise or is_batched):
-        cure = " For padding [b, t] pass attention_mask[:, None, None, :]." if mask.dim() == 2 else ""
+        padding = (
+            " For padding [b, t] pass attention_mask[:, None, None, :], in a causal model "
+            "attention_mask[:, None, None, :].bool() & torch.ones(t, t, dtype=torch.bool).tril()."
+        )
+        cure = padding if mask.dim() == 2 else ""
         raise InputError(
             f"attention_mask has shape {list(shape)}; for {batch_size} rows of {query_length} tokens it must be "
             f"[{query_length}, t], [{batch_size}, 1, {query_length}, t] or [{batch_size}, 1, 1, t].{cure}"
