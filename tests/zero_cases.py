@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch.utils.data import DataLoader, Sampler
 
 from sat_lightning import BaseMixin, BaseModel, TransformerConfig, non_conflict
@@ -61,9 +62,8 @@ class TiedModel(BaseModel):
 
 
 def tied_with_list() -> LanguageModelingTask:
-    build = partial(TiedModel, TransformerConfig(**SIZES))
-    frozen = [r"position_embeddings", r"layers\.0\.mlp"]
-    return make_task(build, mixins={"all": EverythingMixin}, frozen=frozen, optim=OPTIM)
+    build = partial(TiedModel, TransformerConfig(**SIZES, is_rotary_emb=True))
+    return make_task(build, mixins={"all": EverythingMixin}, frozen=[r"layers\.0\.mlp"], optim=OPTIM)
 
 
 FAMILIES: dict[str, Callable[[], LanguageModelingTask]] = {
@@ -117,6 +117,18 @@ class Recorder(L.Callback):
             trainer.save_checkpoint(self.folder / f"{when}.ckpt")
 
 
+class NormLogger(DummyLogger):
+    """Keeps the norms that are logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms: list[float] = []
+
+    def log_metrics(self, metrics, *args, **kwargs) -> None:
+        if "grad_norm" in metrics:
+            self.norms.append(metrics["grad_norm"])
+
+
 def share_of_rows(rank: int, num_ranks: int) -> list[dict[str, torch.Tensor]]:
     """The rows of a rank, so that all ranks together see the batches that one process sees."""
     rows, share = counting_rows(NUM_ROWS), GLOBAL_BATCH_SIZE // num_ranks
@@ -157,7 +169,12 @@ def make_strategy(case: Case) -> Any:
 def make_case_trainer(case: Case, num_ranks: int, **arguments: Any) -> L.Trainer:
     return make_trainer(
         **{"max_steps": NUM_STEPS, "devices": num_ranks, "strategy": make_strategy(case), "precision": case.precision}
-        | {"accumulate_grad_batches": case.accumulate, "gradient_clip_val": CLIP, "use_distributed_sampler": False}
+        | {
+            "log_every_n_steps": 1,
+            "accumulate_grad_batches": case.accumulate,
+            "gradient_clip_val": CLIP,
+            "use_distributed_sampler": False,
+        }
         | arguments
     )
 
@@ -166,7 +183,8 @@ def run_case(case: Case, num_ranks: int, rank: int, folder: str | None = None, r
     """Train; with `folder` write checkpoints, with `resume` begin at one that lies in the middle."""
     L.seed_everything(0, verbose=False)
     recorder = Recorder(None if folder is None else Path(folder))
-    trainer = make_case_trainer(case, num_ranks, callbacks=[recorder])
+    logger = NormLogger()
+    trainer = make_case_trainer(case, num_ranks, callbacks=[recorder], logger=logger)
     loader = make_loader(rank, num_ranks, MIDDLE * case.accumulate if resume else 0)
     trainer.fit(FAMILIES[case.family](), loader, ckpt_path=resume)
-    return {"losses": recorder.losses, "global_step": trainer.global_step}
+    return {"losses": recorder.losses, "norms": logger.norms, "global_step": trainer.global_step}

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sat_lightning.errors import ConfigError
+from sat_lightning.training.zero_build import cast_buffers, cast_shards
 from sat_lightning.training.zero_checkpoint import load_zero_checkpoint, save_zero_checkpoint
 from sat_lightning.training.zero_config import (
     DeepSpeedConfig,
@@ -31,7 +32,7 @@ from sat_lightning.training.zero_config import (
     resolve_stage,
     zero_section,
 )
-from sat_lightning.training.zero_facts import gather_facts
+from sat_lightning.training.zero_facts import gather_facts, restore_environment
 
 _DEFAULT_OPTIONS = ZeroOptions()
 _TIMEOUT = timedelta(minutes=30)
@@ -124,10 +125,12 @@ class SATDeepSpeedStrategy(DeepSpeedStrategy):
             return
         deepspeed = load_deepspeed(self.root_device.type)
         config = engine_config(self.given_config, self._zero_section(), self.options, gather_facts(self))
-        # Batch sizes play no part in building, and are not known yet.
+        # In fp32 first, see `cast_shards`; and batch sizes play no part in building.
+        config |= {"bf16": {"enabled": False}, "fp16": {"enabled": False}}
         config["train_micro_batch_size_per_gpu"] = config["gradient_accumulation_steps"] = 1
         with deepspeed.zero.Init(remote_device=self.remote_device, config_dict_or_path=config):
             yield
+        cast_shards(self._module, self._dtype)
 
     def setup(self, trainer: Any) -> None:
         """Wrap the model in DeepSpeed's engine.
@@ -140,7 +143,8 @@ class SATDeepSpeedStrategy(DeepSpeedStrategy):
                 "strategy: trainer.gradient_clip_algorithm is 'value', and ZeRO clips by norm only. Set it to 'norm'."
             )
         trainer.accelerator.setup(trainer)
-        self.model = self.precision_plugin.convert_module(self._module)
+        self.model = self._module
+        cast_buffers(self._module, self._dtype)
         if trainer.state.fn == TrainerFn.FITTING:
             self._start_training()
         else:
@@ -176,11 +180,7 @@ class SATDeepSpeedStrategy(DeepSpeedStrategy):
         self.model = self.lightning_module
         super().teardown()
         # What told DeepSpeed who is who would mislead the processes that this one starts later.
-        for name, value in self._environment_before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        restore_environment(self._environment_before)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return nothing: `save_checkpoint` writes the weights, which no rank may have whole."""
@@ -206,6 +206,10 @@ class SATDeepSpeedStrategy(DeepSpeedStrategy):
     ) -> dict[str, Any]:
         """Read such a folder, or a file of another strategy, into the engine."""
         return load_zero_checkpoint(self, checkpoint_path, weights_only)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.precision_plugin._desired_dtype  # type: ignore[attr-defined]
 
     @property
     def _module(self) -> Any:  # noqa: ANN401 - it is None only before anything runs
@@ -234,8 +238,7 @@ class SATDeepSpeedStrategy(DeepSpeedStrategy):
     def _start_evaluation(self) -> None:
         self.optimizers, self.lr_scheduler_configs = [], []
         if self.stage < 3:
-            half = {"bf16": torch.bfloat16, "16": torch.float16}.get(self.precision_plugin.precision.split("-")[0])
-            self._module.to(self.root_device, half)
+            self._module.to(self.root_device, self._dtype)
             return
         self.config = engine_config(self.given_config, self._zero_section(), self.options, gather_facts(self))
         config = {key: value for key, value in self.config.items() if key not in ("optimizer", "scheduler")}
@@ -278,7 +281,7 @@ def load_deepspeed(device: str) -> ModuleType:
     """
     if "deepspeed" not in sys.modules:
         # It looks at the environment once, while it is imported; afterwards the variable would only mislead others.
-        before = os.environ.get("DS_ACCELERATOR")
+        before = {"DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR")}
         try:
             if device == "cpu":
                 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -286,12 +289,12 @@ def load_deepspeed(device: str) -> ModuleType:
         except ImportError as error:
             raise ConfigError(f"strategy: ZeRO needs DeepSpeed ({error}). Run `pip install deepspeed`.") from error
         finally:
-            if before is None:
-                os.environ.pop("DS_ACCELERATOR", None)
-            else:
-                os.environ["DS_ACCELERATOR"] = before
+            restore_environment(before)
         for name in ("DeepSpeed", "deepspeed"):
             logging.getLogger(name).setLevel(logging.ERROR)
         # It would be a minute of C++ compiling, for a collective of inference that training never calls.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return importlib.import_module("deepspeed")
+    deepspeed = importlib.import_module("deepspeed")
+    if (name := deepspeed.accelerator.get_accelerator()._name) != device:
+        raise ConfigError(f"strategy: deepspeed was imported for {name}, and trainer.accelerator is {device}.")
+    return deepspeed

@@ -14,6 +14,7 @@ from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import ConfigError
 from sat_lightning.model import AnyModel, BaseMixin
 from sat_lightning.training.callbacks.exact_resume import ExactResume
+from sat_lightning.training.callbacks.gradient_norm import GradientNorm
 from sat_lightning.training.callbacks.save_on_signal import SaveOnSignal
 from sat_lightning.training.flops import count_flops
 from sat_lightning.training.freezing import freeze_parameters
@@ -89,10 +90,12 @@ class SATLightningModule(StepModule):
         """Bring along what a run survives by, except for what the trainer has already.
 
         Returns:
-            `ExactResume` and `SaveOnSignal`.
+            `ExactResume` and `SaveOnSignal`, and `GradientNorm` where gradients are clipped.
         """
         present: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        needed = (ExactResume, SaveOnSignal)
+        needed: list[type[Callback]] = [ExactResume, SaveOnSignal]
+        if self.trainer.gradient_clip_val:
+            needed.append(GradientNorm)
         return [kind() for kind in needed if not any(isinstance(callback, kind) for callback in present)]
 
     def configure_model(self) -> None:

@@ -1,5 +1,6 @@
 """What a run says of itself, before DeepSpeed is told anything."""
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,3 +56,15 @@ def _batch_size(trainer: Any) -> int | None:
             if isinstance(size, int) and not isinstance(size, bool):
                 return size
     return None
+
+
+def restore_environment(variables: dict[str, str | None]) -> None:
+    """Put variables of the environment back.
+
+    Args:
+        variables: their values by name; None for one that was not there.
+    """
+    for name, value in variables.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value

@@ -3,6 +3,7 @@
 from sat_lightning.training.callbacks.curves import CurvePlotter
 from sat_lightning.training.callbacks.ema import EMA
 from sat_lightning.training.callbacks.exact_resume import ExactResume
+from sat_lightning.training.callbacks.gradient_norm import GradientNorm
 from sat_lightning.training.callbacks.mixture import MixtureMonitor
 from sat_lightning.training.callbacks.monitor import RunMonitor
 from sat_lightning.training.callbacks.progress import TrainingProgressBar
@@ -14,6 +15,7 @@ __all__ = [
     "EMA",
     "CurvePlotter",
     "ExactResume",
+    "GradientNorm",
     "MixtureMonitor",
     "RunMonitor",
     "SampleText",

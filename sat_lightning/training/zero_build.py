@@ -1,0 +1,37 @@
+"""Building a model in half precision without blurring what must stay exact."""
+
+import torch
+from torch import nn
+
+
+def cast_buffers(module: nn.Module, dtype: torch.dtype) -> None:
+    """Cast buffers as `module.to(dtype)` would, but no parameter: a rotary embedding keeps its frequencies in fp32.
+
+    Args:
+        module: changed in place.
+        dtype: of floating-point buffers.
+    """
+    held = {child: child._parameters for child in module.modules()}
+    for child in held:
+        child._parameters = {}
+    try:
+        module.to(dtype)
+    finally:
+        for child, parameters in held.items():
+            child._parameters = parameters
+
+
+def cast_shards(module: nn.Module, dtype: torch.dtype) -> None:
+    """Cast parameters that ZeRO-3 has split already.
+
+    Building them in half precision at once would cast every other tensor that a constructor makes on its way, as the
+    frequencies of a rotary embedding.
+
+    Args:
+        module: changed in place.
+        dtype: of its parameters.
+    """
+    for parameter in module.parameters():
+        if hasattr(parameter, "ds_tensor"):
+            parameter.ds_tensor.data = parameter.ds_tensor.data.to(dtype)
+            parameter.data = parameter.data.to(dtype)
