@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import lightning as L
 import pytest
@@ -22,8 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def fit(strategy: object, **arguments: object) -> L.Trainer:
-    trainer = make_trainer(strategy=strategy, **arguments)
-    trainer.fit(make_task(), counting_loader(16))
+    with TemporaryDirectory() as root:
+        trainer = make_trainer(strategy=strategy, default_root_dir=root, **arguments)
+        trainer.fit(make_task(), counting_loader(16))
     return trainer
 
 

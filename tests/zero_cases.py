@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning as L
@@ -184,7 +185,10 @@ def run_case(case: Case, num_ranks: int, rank: int, folder: str | None = None, r
     L.seed_everything(0, verbose=False)
     recorder = Recorder(None if folder is None else Path(folder))
     logger = NormLogger()
-    trainer = make_case_trainer(case, num_ranks, callbacks=[recorder], logger=logger)
     loader = make_loader(rank, num_ranks, MIDDLE * case.accumulate if resume else 0)
-    trainer.fit(FAMILIES[case.family](), loader, ckpt_path=resume)
+    with TemporaryDirectory() as root:
+        trainer = make_case_trainer(
+            case, num_ranks, callbacks=[recorder], logger=logger, default_root_dir=folder or root
+        )
+        trainer.fit(FAMILIES[case.family](), loader, ckpt_path=resume)
     return {"losses": recorder.losses, "norms": logger.norms, "global_step": trainer.global_step}
