@@ -15,6 +15,7 @@ import pytest
 from sat_lightning.data.buckets import Buckets
 from sat_lightning.data.mixture import Mixture
 
+pytestmark = pytest.mark.timeout(700)  # several processes, on a machine that others load too
 ROOT = Path(__file__).resolve().parents[1]
 
 RUN = """
@@ -135,7 +136,7 @@ def run(folder: Path, *jobs: dict[str, object]) -> list[list[Step]]:
         job["log"] = str(folder / f"log{number}")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "run.py", json.dumps(jobs)]
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=150)
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "not resumable" not in result.stderr
     parts = []

@@ -21,6 +21,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from sat_lightning.data import shards as shards_module
+from sat_lightning.data import stream as stream_module
 from sat_lightning.data import webdataset as webdataset_module
 from sat_lightning.data.records import open_records
 from sat_lightning.data.samples import BadSampleError
@@ -230,6 +231,25 @@ def test_a_loader_resumes_exactly(tmp_path: Path, kind: str, num_workers: int, r
         ]
         assert all(state == states[0] for state in states)
         assert list(islice(loader(states[0]), 40 - num_batches)) == whole[num_batches:]
+
+
+@pytest.mark.parametrize(("rank", "num_ranks"), [(0, 1), (1, 2)])
+def test_a_stream_that_ends_is_read_to_the_end_by_every_worker(tmp_path: Path, rank: int, num_ranks: int) -> None:
+    pattern = write_shards(tmp_path, "jsonl")  # of very different sizes: workers end at very different times
+
+    def loader(num_batches: int) -> DataLoader:
+        source = stream(pattern, rank, num_ranks, num_epochs=2)
+        source.load_state_dict(source.state_after(num_batches, 3, 3))
+        return DataLoader(source, batch_size=3, num_workers=3, collate_fn=ids_of)
+
+    whole = list(loader(0))
+    if num_ranks == 1:
+        assert Counter(one for batch in whole for one in batch) == dict.fromkeys(range(64), 2)
+    workers = [stream_module._deal_batches([2, 9, 5], number) for number in range(17)]
+    assert workers[0] == ([0, 0, 0], 0) and workers[6] == ([2, 2, 2], 0) and workers[7] == ([2, 3, 2], 2)
+    assert workers[13][0] == [2, 6, 5] and workers[15][0] == [2, 8, 5] and workers[16][0] == [2, 9, 5]
+    for num_batches in (1, 4, len(whole) - 5, len(whole) - 1, len(whole)):
+        assert list(loader(num_batches)) == whole[num_batches:]
 
 
 def test_an_iteration_resumes_at_every_sample_even_without_known_lengths(tmp_path: Path, home: Path) -> None:

@@ -153,13 +153,14 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.timeout(700)
 def test_two_processes_share_every_row_once(tmp_path: Path) -> None:
     script = tmp_path / "distributed.py"
     script.write_text(DISTRIBUTED)
     paths = [positions(tmp_path, 1211), positions(tmp_path, 86)]
     command = [sys.executable, str(script), str(Path(__file__).parent), *paths, str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-2000:]
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -111,6 +112,53 @@ def test_resumed_run_goes_on_with_the_very_next_batch(tmp_path: Path, num_worker
         assert len(done) > 25 and done[:stop] == whole[:stop] and done[stop:] == whole[25 - (len(done) - stop) :]
 
 
+class Schedules(Recorder):
+    """As tasks with a learning rate schedule do, it asks for the number of steps before counts are restored."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        assert self.trainer.estimated_stepping_batches > 0
+        return super().configure_optimizers()
+
+
+class SaveInWindow(L.Callback):
+    def __init__(self, at: int, path: Path) -> None:
+        self.at, self.path = at, path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+        if trainer.fit_loop.epoch_loop.batch_progress.total.ready == self.at:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("at", [5, 9, 10, 12, 14])
+def test_a_window_that_was_begun_is_begun_anew(tmp_path: Path, at: int) -> None:
+    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    seen = []
+    for number, checkpoint in enumerate((None, tmp_path / "saved.ckpt")):
+        trainer = L.Trainer(
+            max_steps=8,
+            limit_train_batches=10,
+            accumulate_grad_batches=3,
+            enable_checkpointing=False,
+            callbacks=[SaveInWindow(at, tmp_path / "saved.ckpt")] if checkpoint is None else [],
+            **quiet,
+        )
+        trainer.fit(Schedules(tmp_path / f"{number}.txt", None), data(tmp_path), ckpt_path=checkpoint)
+        seen.append([batch for _, batch in read(tmp_path / f"{number}.txt")])
+    # Windows of an epoch of ten end with its batches 3, 6, 9 and 10.
+    last_end = max(end for end in (0, 3, 6, 9, 10, 13, 16) if end <= at)
+    assert len(seen[0]) == 20 and seen[1] == seen[0][last_end:]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_stream_that_ends_ends_training(tmp_path: Path, num_workers: int) -> None:
+    module = data(tmp_path, num_workers)
+    module.options = StreamOptions(shuffle_size=8, num_epochs=1, cache_dir=str(tmp_path / "cache"))
+    trainer = L.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False, barebones=False,
+                        enable_checkpointing=False, enable_model_summary=False)  # fmt: skip
+    trainer.fit(Recorder(tmp_path / "seen.txt", None), module)
+    assert sorted(one for _, batch in read(tmp_path / "seen.txt") for one in batch) == list(range(sum(SIZES)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_killed_run_goes_on_with_the_very_next_batch(tmp_path: Path, num_workers: int) -> None:
@@ -144,7 +192,9 @@ def test_what_a_stream_cannot_do(tmp_path: Path) -> None:
         DataError, match=r"belongs to its ranks, workers and batch size, and num_ranks was 2 and is 1\. Res"
     ):
         module.load_state_dict({**module.state_dict(), "num_ranks": 2})
-    with pytest.raises(DataError, match="num_epochs is 3, but a stream is trained on without end"):
-        StreamDataModule("x", options=StreamOptions(num_epochs=3))
+    module.options = StreamOptions(num_epochs=3)
+    module.trainer = SimpleNamespace(world_size=2)
+    with pytest.raises(DataError, match="num_epochs is 3, and 2 ranks would not run out of samples at the same step"):
+        module.train_dataloader()
     with pytest.raises(DataError, match="batch_size is 0"):
         StreamDataModule("x", batch_size=0)

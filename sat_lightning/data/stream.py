@@ -32,7 +32,8 @@ class StreamOptions:
     shuffle_size: int = 1000
     """Samples of a block, held undecoded in memory and given in random order."""
     num_epochs: int | None = None
-    """How often all is read; None goes on for ever, which keeps the ranks of a training run in step."""
+    """How often all is read, each sample once by one of the ranks and workers; None goes on for ever, which keeps the
+    ranks of a training run in step."""
     on_bad_sample: OnBadSample = "raise"
     """What happens at a sample that cannot be decoded or processed: `raise`, or `skip`, which gives None instead."""
     max_bad_fraction: float = 0.01
@@ -80,8 +81,7 @@ class ShardStream(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         worker, num_workers, self._position = self._start()
-        consumer = _Consumer(self, self.rank * num_workers + worker, self.num_ranks * num_workers)
-        for sample in consumer.read(self._position):
+        for sample in self._consumer(worker, num_workers).read(self._position):
             self._position += 1
             yield self._finish(sample)
 
@@ -89,8 +89,7 @@ class ShardStream(IterableDataset[Any]):
         """The state of a loader over this stream: the same on every rank, and whatever its workers have read ahead.
 
         Args:
-            num_batches: batches the loader has given since its first, on each rank. With several workers and a finite
-                `num_epochs` this says where to go on only until the first of them has run out.
+            num_batches: batches the loader has given since its first, on each rank.
             batch_size: samples of each.
             num_workers: of the loader.
 
@@ -134,10 +133,18 @@ class ShardStream(IterableDataset[Any]):
                 f"{self.name}: the position was saved with num_workers={self._state['num_workers']}, and this loader "
                 f"has {num_workers} (0 counts as 1). A stream resumes with the same number."
             )
-        num_batches = self._state["num_batches"]
-        # Batch k comes from worker k mod w, and a new loader begins with worker 0.
-        worker = (worker + num_batches) % num_workers
-        return worker, num_workers, (num_batches - worker + num_workers - 1) // num_workers * self._state["batch_size"]
+        num_batches, batch_size = self._state["num_batches"], self._state["batch_size"]
+        if self.options.num_epochs is None or num_batches == 0:
+            # Batch k comes from worker k mod w, and a new loader begins with worker 0.
+            worker = (worker + num_batches) % num_workers
+            return worker, num_workers, (num_batches - worker + num_workers - 1) // num_workers * batch_size
+        consumers = [self._consumer(one, num_workers) for one in range(num_workers)]
+        given, first = _deal_batches([-(-consumer.length // batch_size) for consumer in consumers], num_batches)
+        worker = (worker + first) % num_workers
+        return worker, num_workers, given[worker] * batch_size
+
+    def _consumer(self, worker: int, num_workers: int) -> "_Consumer":
+        return _Consumer(self, self.rank * num_workers + worker, self.num_ranks * num_workers)
 
     def _finish(self, sample: Any) -> Any:  # noqa: ANN401 - what `process` makes of it
         self.bad_samples.count()
@@ -146,6 +153,21 @@ class ShardStream(IterableDataset[Any]):
         except BadSampleError as error:
             self.bad_samples.handle(error)
             return None
+
+
+def _deal_batches(lengths: list[int], num_batches: int) -> tuple[list[int], int]:
+    """How many batches each worker has given, and whose turn is next: in turn, those that have run out left out."""
+    num_rounds, left = 0, num_batches
+    while left and (running := [length for length in lengths if length > num_rounds]):
+        whole = min(min(running) - num_rounds, left // len(running))
+        if whole == 0:
+            break
+        num_rounds, left = num_rounds + whole, left - whole * len(running)
+    given, first = [min(length, num_rounds) for length in lengths], 0
+    for worker, length in enumerate(lengths):
+        if left and length > num_rounds:
+            given[worker], left, first = num_rounds + 1, left - 1, (worker + 1) % len(lengths)
+    return given, first
 
 
 class _Consumer:
@@ -179,6 +201,12 @@ class _Consumer:
             if num_given == 0 and position == 0:
                 self._refuse_nothing(epoch)
             position = 0
+
+    @property
+    def length(self) -> int:
+        """Samples of all epochs of a stream that ends."""
+        lengths = (sum(map(self.count_samples, self._shards(epoch))) for epoch in range(self.options.num_epochs or 0))
+        return sum(self._own(length) for length in lengths)
 
     def _refuse_nothing(self, epoch: int) -> None:
         if self.options.num_epochs is None:

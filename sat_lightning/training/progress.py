@@ -145,10 +145,7 @@ class DataProgress:
             target = before - count_accumulated(trainer)
         else:
             target = len(batches) - left
-        for count in (done.current, done.total):
-            # All alike: a batch that was not yet completed when the checkpoint was saved, Lightning completes later on.
-            for name in ("ready", "started", "processed", "completed"):
-                setattr(count, name, getattr(count, name) + max(0, target) - before)
+        shift_counts(trainer, max(0, target) - before)
         self._first_batch = done.total.processed
 
     def _num_ranks(self) -> int:
@@ -189,6 +186,28 @@ def _is_epoch_complete(trainer: L.Trainer) -> bool:
     """Whether the trainer has trained on the last batch of its epoch."""
     done = _count_of(trainer)
     return bool(done.is_last_batch and done.current.processed == done.current.ready)
+
+
+def count_unfinished(trainer: L.Trainer) -> int:
+    """Count the batches trained on since the last optimizer step; a checkpoint holds nothing of them.
+
+    Args:
+        trainer: the trainer.
+    """
+    return 0 if _is_epoch_complete(trainer) else _count_accumulated(trainer)
+
+
+def shift_counts(trainer: L.Trainer, num_batches: int) -> None:
+    """Let the trainer have trained on more or fewer batches than it has counted.
+
+    Args:
+        trainer: the trainer.
+        num_batches: how many more.
+    """
+    for count in (_count_of(trainer).current, _count_of(trainer).total):
+        # All alike: a batch that was not yet completed when the checkpoint was saved, Lightning completes later on.
+        for name in ("ready", "started", "processed", "completed"):
+            setattr(count, name, getattr(count, name) + num_batches)
 
 
 class TrainingLoader(DataLoader[Any]):

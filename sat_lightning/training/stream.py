@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 
 from sat_lightning.data import PadCollate, ShardStream, StreamOptions
 from sat_lightning.errors import DataError
+from sat_lightning.training.progress import count_unfinished, shift_counts
 
 _DEFAULT_OPTIONS = StreamOptions()
 
@@ -16,8 +17,9 @@ class StreamDataModule(L.LightningDataModule):
     """Remote or compressed shards, dealt to ranks and workers; local ones that can be read by number need none of this.
 
     Training never runs out of batches: give the trainer `max_steps`, or `limit_train_batches` for the length of its
-    epochs. A checkpoint holds the number of batches trained on, and a run that is resumed from it, with the same
-    ranks, workers and batch size, goes on with the very next one.
+    epochs. On one rank `num_epochs` may end it, when every worker has given all of its samples. A checkpoint holds the
+    number of batches up to the last optimizer step, and a run that is resumed from it, with the same ranks, workers and
+    batch size, goes on with the very next one.
 
     Args:
         shards: as in `ShardStream`: paths, URLs, globs, folders or braces.
@@ -29,7 +31,7 @@ class StreamDataModule(L.LightningDataModule):
         options: how shards are read and shuffled.
 
     Raises:
-        DataError: the batch size is not positive, or training would end (`num_epochs`).
+        DataError: the batch size is not positive.
     """
 
     def __init__(
@@ -45,11 +47,6 @@ class StreamDataModule(L.LightningDataModule):
         super().__init__()
         if batch_size < 1:
             raise DataError(f"data: batch_size is {batch_size}. Set it to at least 1.")
-        if options.num_epochs is not None:
-            raise DataError(
-                f"data: num_epochs is {options.num_epochs}, but a stream is trained on without end, which keeps the "
-                "ranks in step. Leave it out, and set the trainer's max_steps."
-            )
         self.shards = shards
         self.process_fn = process_fn
         self.collate_fn = PadCollate() if collate_fn is None else collate_fn
@@ -57,13 +54,33 @@ class StreamDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.validation = validation
         self.options = options
+        self._restored: int | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Begin a run.
+
+        Args:
+            stage: with `fit` the trainer's counts are put right when a run is resumed.
+        """
+        callbacks: list[Any] = [] if self.trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
+        if stage == "fit" and not any(isinstance(callback, _Alignment) for callback in callbacks):
+            callbacks.append(_Alignment(self))
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches without end.
 
         Returns:
             The loader of this rank; each iteration of it begins with the first batch not trained on.
+
+        Raises:
+            DataError: the stream ends (`num_epochs`), and there are several ranks, which would not end together.
         """
+        num_ranks = self._layout()["num_ranks"]
+        if self.options.num_epochs is not None and num_ranks > 1:
+            raise DataError(
+                f"data: num_epochs is {self.options.num_epochs}, and {num_ranks} ranks would not run out of samples at "
+                "the same step. Leave it out, and set the trainer's max_steps."
+            )
         return _ResumedLoader(self._stream(self.shards, self.options), self._num_trained, **self._loader_options())
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
@@ -83,10 +100,11 @@ class StreamDataModule(L.LightningDataModule):
         Returns:
             A few integers, the same on every rank.
         """
-        return {"num_batches": self._num_trained(), **self._layout()}
+        unfinished = 0 if self.trainer is None or self._restored is not None else count_unfinished(self.trainer)
+        return {"num_batches": self._num_trained() - unfinished, **self._layout()}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Check that a run can go on where a checkpoint was taken; the trainer itself knows how far it has come.
+        """Go on where a checkpoint was taken.
 
         Args:
             state_dict: what `state_dict` gave.
@@ -102,6 +120,13 @@ class StreamDataModule(L.LightningDataModule):
                 f"data: the place in a stream belongs to its ranks, workers and batch size, and {', '.join(changed)}. "
                 "Resume with the same, or read local, uncompressed shards by number (open_records)."
             )
+        self._restored = state_dict["num_batches"]
+
+    def align(self) -> None:
+        """Make the trainer's count of batches agree with the restored place: a begun window is begun anew."""
+        if self._restored is not None and self.trainer is not None:
+            restored, self._restored = self._restored, None
+            shift_counts(self.trainer, restored - self._num_trained())
 
     def _layout(self) -> dict[str, int]:
         return {
@@ -111,6 +136,8 @@ class StreamDataModule(L.LightningDataModule):
         }
 
     def _num_trained(self) -> int:
+        if self._restored is not None:  # the trainer makes its first iterator before it has restored its counts
+            return self._restored
         if self.trainer is None:
             return 0
         # Counted from what was trained on: loaders and the trainer fetch ahead.
@@ -143,3 +170,13 @@ class _ResumedLoader(DataLoader[Any]):
         # Workers are started anew by every iteration, and take the place along.
         self.stream.load_state_dict(self.stream.state_after(self.num_trained(), self.batch_size or 1, self.num_workers))
         return super().__iter__()
+
+
+class _Alignment(L.Callback):
+    """Calls `align` when the trainer has restored its counts and has not yet begun."""
+
+    def __init__(self, data: StreamDataModule) -> None:
+        self._data = data
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._data.align()
