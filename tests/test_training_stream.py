@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from sat_lightning.data import StreamOptions
 from sat_lightning.errors import DataError
+from sat_lightning.training import ExactResume
 from sat_lightning.training.stream import StreamDataModule
 
 ROOT = Path(__file__).parents[1]
@@ -130,7 +131,9 @@ class SaveInWindow(L.Callback):
 
 
 @pytest.mark.parametrize("at", [5, 9, 10, 12, 14])
-def test_a_window_that_was_begun_is_begun_anew(tmp_path: Path, at: int) -> None:
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_window_that_was_begun_is_begun_anew(tmp_path: Path, at: int, exact: bool) -> None:
+    saving = [SaveInWindow(at, tmp_path / "saved.ckpt")]
     quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     seen = []
     for number, checkpoint in enumerate((None, tmp_path / "saved.ckpt")):
@@ -139,7 +142,7 @@ def test_a_window_that_was_begun_is_begun_anew(tmp_path: Path, at: int) -> None:
             limit_train_batches=10,
             accumulate_grad_batches=3,
             enable_checkpointing=False,
-            callbacks=[SaveInWindow(at, tmp_path / "saved.ckpt")] if checkpoint is None else [],
+            callbacks=[*saving[: checkpoint is None], *([ExactResume()] if exact else [])],
             **quiet,
         )
         trainer.fit(Schedules(tmp_path / f"{number}.txt", None), data(tmp_path), ckpt_path=checkpoint)

@@ -13,6 +13,7 @@ import lightning as L
 from lightning.pytorch.loops.evaluation_loop import RestartStage
 
 from sat_lightning.training.progress import DataProgress, count_accumulated
+from sat_lightning.training.stream import StreamDataModule
 
 #: The spots: after a batch, in a validation, at the end of one, at the end of an epoch, elsewhere.
 BATCH_END, VALIDATING, VALIDATED = "batch_end", "validating", "validated"
@@ -62,7 +63,7 @@ def rewinds_windows(trainer: L.Trainer) -> bool:
         trainer: its data module decides.
     """
     datamodule = getattr(trainer, "datamodule", None)
-    return isinstance(getattr(datamodule, "progress", None), DataProgress)
+    return isinstance(datamodule, StreamDataModule) or isinstance(getattr(datamodule, "progress", None), DataProgress)
 
 
 def validates_next(trainer: L.Trainer) -> bool:

@@ -194,7 +194,7 @@ def count_unfinished(trainer: L.Trainer) -> int:
     Args:
         trainer: the trainer.
     """
-    return 0 if _is_epoch_complete(trainer) else _count_accumulated(trainer)
+    return 0 if _is_epoch_complete(trainer) else count_accumulated(trainer)
 
 
 def shift_counts(trainer: L.Trainer, num_batches: int) -> None:
