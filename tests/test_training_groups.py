@@ -122,6 +122,12 @@ def test_a_weight_decay_of_a_rule_is_that_of_norms_and_biases_too() -> None:
     assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(4, 0.3)]
 
 
+def test_shape_of_an_empty_shell_is_the_one_beside_it() -> None:
+    shells = nn.ParameterDict({name: nn.Parameter(torch.empty(0)) for name in ("matrix", "vector")})
+    shells["matrix"].ds_shape, shells["vector"].ds_shape = torch.Size([4, 4]), torch.Size([4])
+    assert named_groups(shells) == {"decay": {"matrix"}, "no_decay": {"vector"}}
+
+
 def test_layer_decay_follows_beit() -> None:
     model = model_with_scale(num_layers=3)
     scales = {

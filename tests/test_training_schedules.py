@@ -166,6 +166,16 @@ def test_automatic_warmup_holds_back_after_each_resumption() -> None:
     assert walk(third, 1) == [0.0]  # never raised above the schedule
 
 
+def test_another_peak_in_a_resumed_run_counts_and_is_said() -> None:
+    config = OptimConfig(schedule="linear", minimum_ratio=0.0)
+    first = make_schedule(sgd(0.5), config, 5)
+    walk(first, 2)
+    second = make_schedule(sgd(0.25), config, 5)
+    with pytest.warns(UserWarning, match=r"peak learning rates were \[0.5\]; this run goes on with \[0.25\]."):
+        second.load_state_dict(first.state_dict())
+    assert walk(second, 3) == [0.125, 0.0625, 0.0]
+
+
 def test_schedule_takes_a_rate_that_is_a_tensor() -> None:
     optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(2))], lr=torch.tensor(0.5))
     schedule = make_schedule(optimizer, OptimConfig(schedule="linear", minimum_ratio=0.0), 5)

@@ -1,9 +1,10 @@
 """How the learning rate moves: pure functions of the optimizer step, the same in a resumed run as in a whole one."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -116,12 +117,15 @@ class StepSchedule(LRScheduler):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a state, and give the optimizer the rate of its step.
 
+        Like the curve, the peaks are those of this run's configuration; if the state had others, a warning says so.
+
         Args:
             state_dict: of `state_dict`; what else a scheduler of torch wrote there is left.
         """
-        for name in self.state_dict():
-            if name in state_dict:
-                setattr(self, name, state_dict[name])
+        self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
+        peaks, saved = _plain(self.base_lrs), _plain(state_dict["base_lrs"])
+        if peaks != saved:
+            rank_zero_warn(f"optim: the checkpoint's peak learning rates were {saved}; this run goes on with {peaks}.")
         self.started_at = self.last_epoch
         for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
             if isinstance(group["lr"], Tensor):
@@ -129,3 +133,7 @@ class StepSchedule(LRScheduler):
             else:
                 group["lr"] = rate
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+
+def _plain(rates: Iterable[float | Tensor]) -> list[float]:
+    return list(dict.fromkeys(float(rate) for rate in rates))
