@@ -9,6 +9,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from sat_lightning.errors import NonFiniteError
 from sat_lightning.training import SkipNonFinite
 from tests.guard_examples import StateAtEnd, Stranger, differing, fit, make_batches, make_guarded_task
 
@@ -41,12 +42,32 @@ def run_case(case: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
     return {"differing": differing(*states), "counts": counts, "steps": steps, "is_finite": bool(is_finite)}
 
 
+def run_to_the_end(case: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
+    """Train until too much is bad on one rank, and tell what each rank says."""
+    batches = make_batches(6, (1, 2) if rank == 1 else (), case["what"], rank)
+    guard = SkipNonFinite(max_consecutive=2, diagnose=True)
+    try:
+        fit(
+            Stranger(),
+            batches,
+            folder / str(rank),
+            callbacks=guard,
+            devices=2,
+            strategy=case["strategy"],
+            use_distributed_sampler=False,
+        )
+    except NonFiniteError as error:
+        return {"said": str(error), "files": sorted(path.name for path in (folder / str(rank)).glob("*"))}
+    return {"said": ""}
+
+
 def main(cases: Path, results: Path) -> None:
     rank = int(os.environ.get("LOCAL_RANK", 0))
     found = {}
     for case in json.loads(cases.read_text()):
         try:
-            found[case["name"]] = run_case(case, rank, results.parent)
+            run = run_to_the_end if case["name"].startswith("end") else run_case
+            found[case["name"]] = run(case, rank, results.parent)
         except Exception:  # the others are still worth running
             found[case["name"]] = {"error": traceback.format_exc()}
     results.with_suffix(f".{rank}").write_text(json.dumps(found))

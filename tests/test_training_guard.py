@@ -282,6 +282,30 @@ def test_fp16_leaves_overflows_to_the_scaler_and_nothing_else(num_accumulated: i
     assert all(value.isfinite().all() for value in states[0].values() if isinstance(value, torch.Tensor))
 
 
+def test_a_scaler_that_never_steps_ends_the_run(tmp_path: Path) -> None:
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    with pytest.raises(NonFiniteError, match=r"the loss scale of fp16 has fallen to 5.8e-11 by global step 50: grad"):
+        bad = make_batches(60, tuple(range(60)), "gradient")
+        fit(Stranger(), bad, tmp_path, callbacks=SkipNonFinite(), plugins=plugin)
+
+
+def test_gradients_of_other_precisions_are_looked_at(tmp_path: Path) -> None:
+    for precision in ("bf16-mixed", "64-true"):
+        guard = SkipNonFinite()
+        fit(Stranger(), make_batches(4, (1,), "gradient"), tmp_path, callbacks=guard, precision=precision)
+        assert guard.num_skipped == 1
+
+
+def test_a_finite_gradient_however_large_is_no_reason(tmp_path: Path) -> None:
+    class Steep(Stranger):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) * 1e30
+
+    guard = SkipNonFinite()
+    fit(Steep(), make_batches(1), tmp_path, callbacks=guard)
+    assert guard.num_skipped == 0
+
+
 def test_compiled_modules_are_guarded_and_diagnosed(tmp_path: Path) -> None:
     def run(batches: list[Any], **arguments: Any) -> dict[str, Any]:
         module = Stranger()

@@ -34,6 +34,10 @@ QUICK = [
     *(make_case(strategy, "gradient-x3", "32-true", "ours") for strategy in STRATEGIES[::2]),
     *(make_case(strategy, "gradient-x1", "32-true", "stranger") for strategy in STRATEGIES[1::2]),
 ]
+ENDS = [
+    {"name": f"end-{strategy}-{what}", "strategy": strategy, "what": what}
+    for strategy, what in (("ddp", "loss"), ("ddp", "gradient"), ("zero_3", "loss"), ("zero_2", "gradient"))
+]
 #: The stranger has a BatchNorm, which torch does not compute on CPUs where weights are bf16 and statistics are not.
 MATRIX = [
     make_case(*values)
@@ -62,13 +66,28 @@ def check(case: dict[str, Any], results: list[dict[str, Any]]) -> None:
 
 @pytest.fixture(scope="module")
 def quick_results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_in_two_processes(tmp_path_factory.mktemp("quick"), QUICK)
+    return run_in_two_processes(tmp_path_factory.mktemp("quick"), [*QUICK, *ENDS])
 
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("case", QUICK, ids=lambda case: case["name"])
 def test_bad_on_one_rank(quick_results: list[dict[str, Any]], case: dict[str, Any]) -> None:
     check(case, quick_results)
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("case", ENDS, ids=lambda case: case["name"])
+def test_too_many_on_one_rank_end_all(quick_results: list[dict[str, Any]], case: dict[str, Any]) -> None:
+    first, second = (result[case["name"]]["said"] for result in quick_results)
+    assert first == second and "2 batches in a row were left out (max_consecutive=2), the last one at epoch" in first
+    if case["what"] == "loss":
+        assert "with rank 1: loss=nan." in first and "rank 0: Here nothing was bad" in first
+        assert "rank 1: The first tensor that is not finite is an input of first (Linear) (shape [6, 4]" in first
+    elif case["strategy"] == "ddp":
+        assert "rank 0: gradient=norm.bias, norm.weight" in first and "rank 1: gradient=norm.bias" in first
+        assert "is that of the output of drop (Dropout)" in first.split("rank 1: Back")[1]
+    else:
+        assert "with gradient: dropped by the strategy." in first
 
 
 @pytest.fixture(scope="module")

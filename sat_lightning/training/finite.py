@@ -51,10 +51,10 @@ def is_any_rank(flag: Tensor) -> bool:
     """Agree over all ranks; this is where the host waits.
 
     Args:
-        flag: int32 `[1]` of this rank, changed in place.
+        flag: of this rank, one number, changed in place.
 
     Returns:
-        Whether it is 1 on any rank.
+        Whether it is not 0 on any rank.
     """
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:

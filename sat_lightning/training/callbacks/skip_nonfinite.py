@@ -15,6 +15,7 @@ from sat_lightning.training.progress import DataProgress
 from sat_lightning.training.runs import is_trial, logged_step, run_folder
 
 _FEWEST_BATCHES = 100  # of which `max_fraction` is taken: a fraction of a run's first batches says little
+_STEPS_PER_SCALE, _LOWEST_SCALE = 50, 1e-3  # a scale begins at 65536 and is halved by each overflow
 _NUM_WARNINGS = 5  # further ones are only in the file
 
 
@@ -129,6 +130,7 @@ class SkipNonFinite(L.Callback):
         self._has_left_out = False
         if not self.num_accumulated:
             self._num_in_window = 0
+            self._check_loss_scale(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Step out."""
@@ -166,6 +168,18 @@ class SkipNonFinite(L.Callback):
         self._saved, self._guard = dict(state_dict), None
         self.num_skipped = self._saved.pop("num_skipped")
         self.num_consecutive = self._saved.pop("num_consecutive")
+
+    def _check_loss_scale(self, trainer: L.Trainer) -> None:
+        """A scaler leaves steps out for ever and says nothing; its scale tells, and is read only now and then."""
+        scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is None or trainer.global_step % _STEPS_PER_SCALE:
+            return
+        if (scale := scaler.get_scale()) < _LOWEST_SCALE:
+            raise NonFiniteError(
+                f"SkipNonFinite: the loss scale of fp16 has fallen to {scale:.1e} by global step "
+                f"{trainer.global_step}: gradients are not finite at any scale, and no step is made. Resume from a checkpoint before that, "
+                "with bf16-mixed or a lower learning rate."
+            )
 
     def _step_out(self) -> None:
         if self._guard is not None:
