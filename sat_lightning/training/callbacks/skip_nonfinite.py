@@ -177,8 +177,8 @@ class SkipNonFinite(L.Callback):
         if (scale := scaler.get_scale()) < _LOWEST_SCALE:
             raise NonFiniteError(
                 f"SkipNonFinite: the loss scale of fp16 has fallen to {scale:.1e} by global step "
-                f"{trainer.global_step}: gradients are not finite at any scale, and no step is made. Resume from a checkpoint before that, "
-                "with bf16-mixed or a lower learning rate."
+                f"{trainer.global_step}: gradients are not finite at any scale, and no step is made. Resume from a "
+                "checkpoint before that, with bf16-mixed or a lower learning rate."
             )
 
     def _step_out(self) -> None:
