@@ -79,3 +79,11 @@ def test_data_index():
         assert size == "1e6" and float(rate.split()[0]) > 0 and float(memory) < 50
         assert float(start.split()[0]) < 50 and float(resume.split()[0]) < 50
     assert table["torch WeightedRandomSampler"][3] == "draws all again"
+
+
+@pytest.mark.slow  # a process for each contestant and round
+def test_loading():
+    """The script itself refuses contestants that read different weights."""
+    table = rows(run("loading.py", "--rounds", "1"))
+    assert len(table) == 7 and list(table)[0] == "sat_lightning, native"
+    assert all(float(row[3].split()[0]) > 0.5 for row in table.values())

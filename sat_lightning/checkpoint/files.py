@@ -36,11 +36,17 @@ SAFE_GLOBALS: list[Any] = [
 
 
 class SafetensorsFile(Mapping[str, Tensor]):
-    """The tensors of one safetensors file, mapped into memory: a tensor costs nothing until it is read."""
+    """The tensors of one safetensors file.
 
-    def __init__(self, file: Path) -> None:
+    Args:
+        file: the file.
+        is_copied: whether a tensor is read into memory of its own, which goes when the tensor does: for those that are
+            about to change their layout. Default: mapped, so that it costs nothing until it is read.
+    """
+
+    def __init__(self, file: Path, is_copied: bool = False) -> None:
         try:
-            self._file = safe_open(file, framework="pt")
+            self._file = _open_copied(file) if is_copied else safe_open(file, framework="pt")
         except SafetensorError as error:
             raise CheckpointError(f"{file} is no whole safetensors file ({error}). Copy or save it again.") from error
         self._names = list(self._file.keys())
@@ -55,6 +61,13 @@ class SafetensorsFile(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def _open_copied(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt", backend="pread")
+    except TypeError:  # before safetensors 0.8 there was only the mapped way
+        return safe_open(file, framework="pt")
 
 
 def read_torch_file(file: Path) -> dict[str, Any]:
@@ -80,11 +93,12 @@ def read_torch_file(file: Path) -> dict[str, Any]:
             raise CheckpointError(f"{file} is no whole file of torch.save ({error}). Copy or save it again.") from error
 
 
-def open_weights(folder: Path) -> tuple[Mapping[str, Tensor], Path] | None:
+def open_weights(folder: Path, is_copied: bool = False) -> tuple[Mapping[str, Tensor], Path] | None:
     """Open the weights of a native or Hugging Face folder.
 
     Args:
         folder: holds `model.safetensors` or `pytorch_model.bin`, or an index and the shards it names.
+        is_copied: see `SafetensorsFile`.
 
     Returns:
         The tensors by name, and the file that names them; None if there is no such file.
@@ -95,10 +109,10 @@ def open_weights(folder: Path) -> tuple[Mapping[str, Tensor], Path] | None:
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         single, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
         if single.is_file():
-            return open_tensors(single), single
+            return open_tensors(single, is_copied), single
         if index.is_file():
             places: dict[str, str] = read_json(index)["weight_map"]
-            shards = {name: _open_shard(index, name) for name in sorted(set(places.values()))}
+            shards = {name: _open_shard(index, name, is_copied) for name in sorted(set(places.values()))}
             for name, shard in places.items():
                 if name not in shards[shard]:
                     raise CheckpointError(f"{index} places '{name}' in {shard}, which lacks it. Copy the folder again.")
@@ -106,10 +120,10 @@ def open_weights(folder: Path) -> tuple[Mapping[str, Tensor], Path] | None:
     return None
 
 
-def open_tensors(file: Path) -> Mapping[str, Tensor]:
+def open_tensors(file: Path, is_copied: bool = False) -> Mapping[str, Tensor]:
     """Open one file of tensors, by its ending: safetensors, or of `torch.save` (a state dict, or one in `module`)."""
     if file.suffix == ".safetensors":
-        return SafetensorsFile(file)
+        return SafetensorsFile(file, is_copied)
     content = read_torch_file(file)
     state = content.get("module", content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -120,13 +134,13 @@ def open_tensors(file: Path) -> Mapping[str, Tensor]:
     return state
 
 
-def _open_shard(index: Path, name: str) -> Mapping[str, Tensor]:
+def _open_shard(index: Path, name: str, is_copied: bool) -> Mapping[str, Tensor]:
     file = index.parent / name
     if file.resolve().parent != index.parent.resolve() and Path(name).name != name:
         raise CheckpointError(f"{index} names '{name}', which is not beside it. Correct the index.")
     if not file.is_file():
         raise CheckpointError(f"{index} names '{name}', and there is no such file.{found_beside(file)}")
-    return open_tensors(file)
+    return open_tensors(file, is_copied)
 
 
 def write_weights(

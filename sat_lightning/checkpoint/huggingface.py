@@ -64,13 +64,20 @@ def import_config(model_class: type[AnyModel], key_map: KeyMap, values: Mapping[
     return model_class.config_class(**fields, extra={RECORD: {"config": dict(values)}})
 
 
-def open_huggingface(folder: Path) -> Mapping[str, Tensor]:
+def open_huggingface(folder: Path, is_copied: bool = False) -> Mapping[str, Tensor]:
     """Open the weights of a Hugging Face folder.
+
+    Args:
+        folder: the folder.
+        is_copied: see `files.SafetensorsFile`.
+
+    Returns:
+        Their tensors by name.
 
     Raises:
         CheckpointError: if there are none; the message lists what is there.
     """
-    found = open_weights(folder)
+    found = open_weights(folder, is_copied)
     if found is None:
         raise CheckpointError(
             f"{folder} has a config.json and no weights: neither model.safetensors nor pytorch_model.bin, whole or "

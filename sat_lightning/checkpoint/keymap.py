@@ -17,7 +17,7 @@ from sat_lightning.checkpoint.report import matches, some
 from sat_lightning.checkpoint.templates import Group, expand, fill_theirs
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import CheckpointError
-from sat_lightning.model.keymap import Copies, KeyMap
+from sat_lightning.model.keymap import Copies, KeyMap, Same
 
 
 @dataclass
@@ -42,12 +42,15 @@ class Plan:
     is_untied: bool = False
     """Whether `write` met a pair that the configuration ties and the weights do not."""
 
-    def read(self, source: Mapping[str, Tensor], what: str) -> ImportedTensors:
+    def read(
+        self, source: Mapping[str, Tensor], what: str, copied: Mapping[str, Tensor] | None = None
+    ) -> ImportedTensors:
         """Return our tensors from a file of theirs.
 
         Args:
             source: their tensors by name; each is asked for when its turn comes.
             what: the file, for messages.
+            copied: the same, for tensors that change their layout. Default: `source`.
 
         Raises:
             CheckpointError: if a redundant tensor says something else than the one it should equal, now; later, when a
@@ -66,7 +69,7 @@ class Plan:
                     f"{what}: '{name}' and '{other}' differ, though its configuration ties them. Set "
                     "tie_word_embeddings to false in its config.json, or remove the one that is stale."
                 )
-        return ImportedTensors(self, source, what)
+        return ImportedTensors(self, source, source if copied is None else copied, what)
 
     def write(self, source: Mapping[str, Tensor], what: str) -> Iterator[tuple[str, Tensor]]:
         """Yield their names and tensors from a state dict of ours; see `read`."""
@@ -92,15 +95,16 @@ class Plan:
 class ImportedTensors(Mapping[str, Tensor]):
     """Our tensors, each made from theirs when it is asked for; those of one rule are made together."""
 
-    def __init__(self, plan: Plan, source: Mapping[str, Tensor], what: str) -> None:
-        self._plan, self._source, self._what = plan, source, what
+    def __init__(self, plan: Plan, source: Mapping[str, Tensor], copied: Mapping[str, Tensor], what: str) -> None:
+        self._plan, self._source, self._copied, self._what = plan, source, copied, what
         self._places = {name: group for group in plan.groups for name in group.ours}
         self._made: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._made:
             group, files = self._places[name], self._plan.files
-            tensors = [self._source[files.get(theirs, theirs)] for theirs in group.theirs]
+            source = self._source if isinstance(group.transform, Same) else self._copied
+            tensors = [source[files.get(theirs, theirs)] for theirs in group.theirs]
             made = _apply(group, "from_hf", tensors, self._plan.config, self._what)
             self._made = dict(zip(group.ours, made, strict=True))
         return self._made[name]

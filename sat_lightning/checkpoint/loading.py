@@ -138,7 +138,7 @@ def _open_hf(path: Path, model: AnyModel, own: Mapping[str, Tensor]) -> Incoming
         strict=False,
     )  # fmt: skip
 
-    imported = plan.read(tensors, str(path))
+    imported = plan.read(tensors, str(path), copied=open_huggingface(path, is_copied=True))
     if RECORD in model.config.extra:
         model.config.extra[RECORD]["layout"] = plan.layout
     return Incoming(imported, plan.unread, key_map.derived)

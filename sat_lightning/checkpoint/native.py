@@ -16,9 +16,9 @@ from sat_lightning.checkpoint.files import MAX_SHARD_SIZE, write_json, write_wei
 from sat_lightning.checkpoint.migrate import FORMAT_VERSION
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import CheckpointError
-from sat_lightning.model import BaseMixin, ComposedModel, find_model
+from sat_lightning.model import BaseMixin, ComposedModel
 from sat_lightning.model.registry import AnyModel
-from sat_lightning.models import import_families
+from sat_lightning.models import find_family
 
 T = TypeVar("T")
 CONFIG_NAME = "model_config.json"
@@ -87,8 +87,7 @@ def build(model_class: type[AnyModel], config: TransformerConfig, values: Mappin
 
 def build_described(values: Mapping[str, Any], what: str) -> AnyModel:
     """Build the model that `describe` described."""
-    import_families()
-    model_class = find_model(values["model_class"])
+    model_class = find_family(values["model_class"])
     fields = {key: value for key, value in values.items() if key not in FORMAT_KEYS}
     return build(model_class, model_class.config_class.from_dict(fields), values, what)
 

@@ -23,10 +23,9 @@ from sat_lightning.checkpoint.resize import PositionFill, Resize, VocabularyFill
 from sat_lightning.checkpoint.sat import find_config
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import CheckpointError
-from sat_lightning.model import find_model
 from sat_lightning.model.keymap import KeyMap
 from sat_lightning.model.registry import AnyModel
-from sat_lightning.models import import_families
+from sat_lightning.models import find_family
 
 __all__ = ["AutoModel", "from_pretrained"]
 _READING = tuple(field.name for field in fields(Source) if field.name != "path")
@@ -116,7 +115,6 @@ def read_blueprint(path: Path, model_class: type[AnyModel] | None = None) -> Blu
         CheckpointError: if there is no configuration, or it names no class.
         ConfigError: if it names an unknown one.
     """
-    import_families()
     kind = find_format(path)
     if kind == "hf":
         values = read_json(path / "config.json")
@@ -132,7 +130,7 @@ def read_blueprint(path: Path, model_class: type[AnyModel] | None = None) -> Blu
     if model_class is None:
         if "model_class" not in values:
             raise CheckpointError(f'{file} names no model_class. Add it, for example "model_class": "GPT2Model".')
-        model_class = find_model(values["model_class"])
+        model_class = find_family(values["model_class"])
     fields_ = {key: value for key, value in values.items() if key not in FORMAT_KEYS}
     for key, value in fields_.items():  # SAT's rule: such a path is relative to the folder
         if key.endswith("_path") and isinstance(value, str):

@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from sat_lightning.model import BaseModel
+from sat_lightning.model import BaseModel, find_model
+from sat_lightning.model.registry import AnyModel
 
 if TYPE_CHECKING:
     from sat_lightning.models.bert import BertModel
@@ -80,6 +81,18 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+def find_family(name: str) -> type[AnyModel]:
+    """Return the model class of that name, one of ours or one that the program has registered.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if name in __all__:
+        return BaseModel if name == "BaseModel" else __getattr__(name)
+    import_families()  # so that the refusal knows all names
+    return find_model(name)
 
 
 def import_families() -> None:
