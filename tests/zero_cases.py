@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch.utils.data import DataLoader, Sampler
 
-from sat_lightning import BaseMixin, BaseModel, TransformerConfig, non_conflict
+from sat_lightning import AutoModel, BaseMixin, BaseModel, TransformerConfig, non_conflict
 from sat_lightning.training import LanguageModelingTask, OptimConfig, SATDeepSpeedStrategy, ZeroOptions
 from tests.training_examples import SIZES, ScaleMixin, counting_rows, make_model, make_task, make_trainer
 
@@ -67,10 +67,20 @@ def tied_with_list() -> LanguageModelingTask:
     return make_task(build, mixins={"all": EverythingMixin}, frozen=[r"layers\.0\.mlp"], optim=OPTIM)
 
 
+def pretrained() -> LanguageModelingTask:
+    """Weights from a folder, into a model that ZeRO-3 splits while it is built."""
+    folder = TemporaryDirectory()
+    make_model().save_pretrained(folder.name)
+    task = make_task(partial(AutoModel.from_pretrained, folder.name), optim=OPTIM)
+    task.folder_of_test = folder
+    return task
+
+
 FAMILIES: dict[str, Callable[[], LanguageModelingTask]] = {
     "gpt2": gpt2,
     "gpt2_with_mixins": gpt2_with_mixins,
     "tied_with_list": tied_with_list,
+    "pretrained": pretrained,
 }
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sat_lightning.checkpoint.report import LoadReport, Tolerance, matches, some
 from sat_lightning.checkpoint.resize import Resize
+from sat_lightning.checkpoint.split import copy_into, full_shape, is_split
 from sat_lightning.errors import CheckpointError
 from sat_lightning.model.registry import AnyModel
 
@@ -92,8 +93,8 @@ def _fill(
     for name, tensor in incoming.tensors.items():
         if (target := own.get(name)) is None:
             continue
-        tensor = tensor if resize is None else resize.apply(name, tensor, target)
-        if target.shape != tensor.shape:
+        tensor = tensor if resize is None or is_split(target) else resize.apply(name, tensor, target)
+        if full_shape(target) != tuple(tensor.shape):
             _refuse_shape(name, target, tensor, tolerance, what)
             mismatched.append(name)
             continue
@@ -102,13 +103,13 @@ def _fill(
             raise CheckpointError(f"{what}: '{other}' and '{name}' differ, and are one tensor in the model.")
         if other != name:
             continue
-        if adopts and target.untyped_storage().data_ptr() not in shared:
+        if adopts and not is_split(target) and target.untyped_storage().data_ptr() not in shared:
             _adopt(target, tensor, dtype, adopted)
         else:
             waiting.append((target, tensor))
     with torch.no_grad():
         for target, tensor in waiting:
-            target.copy_(tensor)
+            copy_into(target, tensor)
     return mismatched
 
 
@@ -148,9 +149,9 @@ def _check_names(
 def _refuse_shape(name: str, target: Tensor, tensor: Tensor, tolerance: Tolerance, what: str) -> None:
     if not matches(name, tolerance.may_mismatch):
         raise CheckpointError(
-            f"{what}: '{name}' is {list(tensor.shape)}, the model has {list(target.shape)}. Build the model from the "
-            "configuration beside the file, name it in may_mismatch to keep initial values, or ask for resize_vocab or "
-            "resize_positions."
+            f"{what}: '{name}' is {list(tensor.shape)}, the model has {list(full_shape(target))}. Build the model from "
+            "the configuration beside the file, name it in may_mismatch to keep initial values, or ask for "
+            "resize_vocab or resize_positions."
         )
 
 

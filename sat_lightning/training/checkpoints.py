@@ -86,6 +86,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             CheckpointError: the file is not whole, or holds more than tensors and plain values.
         """
+        if Path(path).is_dir():  # of a ZeRO run, which has more ranks or splits more than this one
+            from sat_lightning.training.zero_checkpoint import read_as_lightning
+
+            return read_as_lightning(path, weights_only)
         try:
             return super().load_checkpoint(os.fspath(path), map_location, weights_only=weights_only is not False)
         except pickle.UnpicklingError as error:

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sat_lightning.checkpoint import save_pretrained
+from sat_lightning.checkpoint.split import full_shape, local_part
 from sat_lightning.model import BaseModel
-from sat_lightning.training.zero_state import find_fragments, full_shape, local_part, master_dtype
+from sat_lightning.training.zero_state import find_fragments, master_dtype
 
 
 def consolidated_state_dict(module: Any, strategy: Strategy | None = None) -> dict[str, Tensor]:  # noqa: ANN401

@@ -111,6 +111,7 @@ class SATLightningModule(StepModule):
                 raise ConfigError(
                     f"model builds a {type(model).__name__}, it must build a BaseModel or a ComposedModel."
                 )
+            model.train()  # from_pretrained builds for inference, and Lightning leaves the mode as it is
             self._finish(model)
         datamodule: Any = getattr(self._trainer, "datamodule", None)
         if hasattr(datamodule, "check_model"):

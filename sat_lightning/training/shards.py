@@ -10,9 +10,10 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
+from sat_lightning.checkpoint.split import full_shape, local_part
 from sat_lightning.errors import CheckpointError, ConfigError
 from sat_lightning.model import AnyModel
-from sat_lightning.training.zero_state import find_fragments, full_shape, local_part, refresh_weights
+from sat_lightning.training.zero_state import find_fragments, refresh_weights
 
 
 @dataclass(frozen=True, kw_only=True)

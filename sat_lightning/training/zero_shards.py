@@ -186,6 +186,7 @@ class LightningShards:
                 f"The checkpoint's optimizer has {len(order)} parameters, this run's has {len(names)}. Resume with the "
                 "same trainable parameters, or start from the weights alone."
             )
+        self.names = list(self._weights)
         self._states = {name: state.get(index, {}) for name, index in zip(names, order, strict=True)} if state else {}
 
     def shape(self, name: str) -> tuple[int, ...] | None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sat_lightning.checkpoint.split import full_shape, local_part
 from sat_lightning.errors import CheckpointError
 from sat_lightning.training.zero_shards import AVERAGE, WEIGHT, Part, Shards
 
@@ -49,15 +50,6 @@ class Fragment:
         """What the optimizer keeps beside that: the number of its steps."""
         moments = self.moments
         return {kind: float(value) for kind, value in self.state.items() if kind not in moments}
-
-
-def full_shape(tensor: Tensor) -> tuple[int, ...]:
-    """Return the shape of a whole parameter; under ZeRO-3 it may be an empty shell here.
-
-    Args:
-        tensor: a parameter or a buffer.
-    """
-    return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
 def find_fragments(engine: Any) -> list[Fragment]:  # noqa: ANN401
@@ -171,19 +163,6 @@ def untrained(engine: Any, module: nn.Module) -> Iterator[tuple[str, Tensor]]:  
         if torch.is_tensor(tensor) and id(tensor) not in seen:
             seen.add(id(tensor))
             yield name, tensor
-
-
-def local_part(tensor: Tensor) -> tuple[int, Tensor]:
-    """Return what this rank has of a tensor that no optimizer updates: where it begins, and the flattened piece.
-
-    Args:
-        tensor: a parameter or a buffer; only ZeRO-3 splits it.
-    """
-    if not hasattr(tensor, "ds_tensor"):
-        return 0, tensor.detach().reshape(-1)
-    piece = tensor.ds_tensor.detach().view(-1)
-    start = piece.numel() * torch.distributed.get_rank(tensor.ds_process_group)  # type: ignore[attr-defined]
-    return start, piece[: max(0, min(piece.numel(), tensor.ds_numel - start))]  # type: ignore[attr-defined]
 
 
 def load_training_state(engine: Any, module: nn.Module, shards: Shards) -> None:  # noqa: ANN401
