@@ -68,6 +68,12 @@ def computes_loss(hook: HookT) -> HookT:
     return hook
 
 
+def passes_mask(hook: HookT) -> HookT:
+    """Mark an `attention_fn` that never reads the mask it hands on: no `[s, s]` tensor is then made for its sake."""
+    hook.passes_mask = True  # type: ignore[attr-defined]
+    return hook
+
+
 @dataclass(frozen=True, eq=False)
 class HookTable:
     """Who answers at each seam: resolved once per change of a model's mixins, then only read.
@@ -148,12 +154,14 @@ def resolve_hooks(backbone: object, model: object = None, mixins: Mapping[str, o
         implementations[seam] = tuple(hook for _, hook in chain)
         table[seam] = None if origins[seam] == ("default",) and seam in _MAY_BE_SILENT else _compose(chain)
     speaks = {seam for seam, names in origins.items() if names != ("default",)}
+    attention = zip(origins["attention_fn"], implementations["attention_fn"], strict=True)
+    readers = [hook for name, hook in attention if name != "default" and not getattr(hook, "passes_mask", False)]
     return _rebuild_table(
         {
             **table,
             "origins": origins,
             "implementations": implementations,
-            "reads_mask": bool(speaks & {"layer_forward", "attention_forward", "attention_fn"}),
+            "reads_mask": bool(readers or speaks & {"layer_forward", "attention_forward"}),
             "looks_up_positions": "position_embedding_forward" not in speaks,
         }
     )

@@ -161,6 +161,20 @@ def test_no_past_is_kept_while_training():
     assert model(IDS)[1:] == [{}, {}]
 
 
+@pytest.mark.parametrize("name", ["encoder-decoder", "t5"])
+def test_reading_and_writing_can_be_done_apart(name):
+    model, short = built(name), ids(2, 7, seed=1)
+    padding = torch.ones(2, 9, dtype=torch.long)
+    padding[1, 6:] = 0
+    outputs, logits, *_ = model(IDS, dec_input_ids=short, enc_attention_mask=padding)
+    encoded = model.encode(IDS, attention_mask=padding)
+    assert_close(encoded, outputs)
+    mask = padding[:, None, None, :]
+    assert_close(model.decode(short, encoder_outputs=encoded, cross_attention_mask=mask)[0], logits)
+    if name == "t5":
+        assert_close(model.encode(IDS, padding), outputs)
+
+
 def test_parts_of_a_composed_model_take_mixins_by_name():
     model = built("encoder-decoder")
     assert set(model.parts) == {"encoder", "decoder"}

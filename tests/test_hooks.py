@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from sat_lightning import BaseMixin, BaseModel, TransformerConfig, non_conflict, replacable, replaceable
 from sat_lightning.errors import ConfigError, HookConflictError, HookError, InputError
-from sat_lightning.hooks import SEAMS, resolve_hooks
+from sat_lightning.hooks import SEAMS, passes_mask, resolve_hooks
 from sat_lightning.models import GPT2Model
 from tests import sat_style
 
@@ -524,6 +524,23 @@ def test_what_nobody_claims_costs_nothing():
     }  # fmt: skip
     assert not hooks.reads_mask
     model = BaseModel(TINY)
+    model.add_mixin("cache", sat_style.CacheMixin())
+    assert model.hooks.reads_mask
+
+
+def test_a_hook_that_hands_the_mask_on_costs_no_mask():
+    class Watch(BaseMixin):
+        @non_conflict
+        @passes_mask
+        def attention_fn(self, query, key, value, mask, dropout_fn, old_impl=None, **kw):
+            assert mask.numel() == 1
+            return old_impl(query, key, value, mask, dropout_fn, **kw)
+
+    model = BaseModel(TINY)
+    expected = model(IDS, attention_mask=-1)[0]
+    model.add_mixin("watch", Watch())
+    assert not model.hooks.reads_mask
+    assert torch.equal(model(IDS, attention_mask=-1)[0], expected)
     model.add_mixin("cache", sat_style.CacheMixin())
     assert model.hooks.reads_mask
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sat_lightning.hooks import non_conflict
+from sat_lightning.hooks import non_conflict, passes_mask
 from sat_lightning.model import BaseMixin
 from sat_lightning.nn.masks import lower_right_causal
 
@@ -32,6 +32,7 @@ class LocalAttentionMixin(BaseMixin):
         self.windows, self.is_causal = tuple(windows), is_causal
 
     @non_conflict
+    @passes_mask
     def attention_fn(
         self,
         query: Tensor,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sat_lightning.hooks import non_conflict
+from sat_lightning.hooks import non_conflict, passes_mask
 from sat_lightning.model import BaseMixin
 
 
@@ -29,6 +29,7 @@ class PastKeyValuesMixin(BaseMixin):
         self.is_length_first = is_length_first
 
     @non_conflict
+    @passes_mask
     def attention_fn(
         self,
         query: Tensor,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sat_lightning.config import TransformerConfig
-from sat_lightning.hooks import non_conflict
+from sat_lightning.hooks import non_conflict, passes_mask
 from sat_lightning.model import BaseMixin
 from sat_lightning.nn.linear import Embedding, normal_init
 
@@ -70,6 +70,7 @@ class RelativeBiasMixin(BaseMixin):
         self.buckets = {"num_buckets": num_buckets, "is_bidirectional": is_bidirectional, "max_distance": max_distance}
 
     @non_conflict
+    @passes_mask
     def attention_fn(
         self,
         query: Tensor,

@@ -143,6 +143,11 @@ class EncoderDecoderModel(ComposedModel):
         cross = (
             enc_attention_mask if cross_attention_mask is None else read_padding(cross_attention_mask, enc_input_ids)
         )
-        encoder_outputs = self.encode(enc_input_ids, enc_position_ids, enc_attention_mask, **kw)
-        decoded = self.decode(dec_input_ids, dec_position_ids, dec_attention_mask, encoder_outputs, cross, **kw)
+        encoder_outputs = self.encode(
+            enc_input_ids, position_ids=enc_position_ids, attention_mask=enc_attention_mask, **kw
+        )
+        decoded = self.decode(
+            dec_input_ids, position_ids=dec_position_ids, attention_mask=dec_attention_mask,
+            encoder_outputs=encoder_outputs, cross_attention_mask=cross, **kw,
+        )  # fmt: skip
         return (encoder_outputs, *decoded)

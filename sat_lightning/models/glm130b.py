@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sat_lightning.config import TransformerConfig
-from sat_lightning.hooks import non_conflict
+from sat_lightning.hooks import non_conflict, passes_mask
 from sat_lightning.mixins import RotaryMixin
 from sat_lightning.model import BaseMixin, BaseModel, register_model
 from sat_lightning.model.base import read_config
@@ -71,6 +71,7 @@ class KeyValueMemoryMixin(BaseMixin):
     """Give every layer's new keys and values back as `mem_kv`, out of training."""
 
     @non_conflict
+    @passes_mask
     def attention_fn(
         self,
         query: Tensor,

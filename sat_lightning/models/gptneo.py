@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import ConfigError
-from sat_lightning.hooks import non_conflict
+from sat_lightning.hooks import non_conflict, passes_mask
 from sat_lightning.mixins import LocalAttentionMixin
 from sat_lightning.model import BaseModel, register_model
 from sat_lightning.models.keymaps.gptneo import KEY_MAPS
@@ -83,6 +83,7 @@ class GPTNeoModel(BaseModel):
         return words if token_type_ids is None else words + old_impl(token_type_ids, **kw)
 
     @non_conflict
+    @passes_mask
     def attention_fn(self, *args: Any, old_impl: Callable[..., Tensor], **kw: Any) -> Tensor:
         """Leave the scores unscaled."""
         return old_impl(*args, **(kw | {"scaling_attention_score": False}))

@@ -24,6 +24,7 @@ from sat_lightning.model.base import OMITTED, read_config
 from sat_lightning.models.keymaps.t5 import KEY_MAPS
 from sat_lightning.nn import RMSNorm
 from sat_lightning.nn.head import project
+from sat_lightning.nn.masks import MaskLike
 from sat_lightning.nn.mlp import gelu
 
 
@@ -79,6 +80,22 @@ class T5Model(EncoderDecoderModel):
                 part.add_mixin("gated-mlp", gate)
         head = LMHeadMixin(self.decoder.config) if config.no_share_embeddings else ScaledTiedHeadMixin()
         self.decoder.add_mixin("t5-final", head)
+
+    def encode(self, input_ids: Tensor, attention_mask: MaskLike = None, **kw: Any) -> Tensor:  # type: ignore[override]
+        """Read; as in `EncoderDecoderModel.encode`, positions are not needed."""
+        return super().encode(input_ids, attention_mask=attention_mask, **kw)
+
+    def decode(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        attention_mask: MaskLike = None,
+        encoder_outputs: Any = None,
+        cross_attention_mask: MaskLike = None,
+        **kw: Any,
+    ) -> list[Any]:
+        """Write; as in `EncoderDecoderModel.decode`, positions are not needed."""
+        cross = {"encoder_outputs": encoder_outputs, "cross_attention_mask": cross_attention_mask}
+        return super().decode(input_ids, attention_mask=attention_mask, **cross, **kw)
 
     def forward(self, enc_input_ids: Tensor, dec_input_ids: Tensor = OMITTED, **kw: Any) -> tuple[Any, ...]:  # type: ignore[override]
         """Read, then write; masks and result as in `EncoderDecoderModel.forward`, positions are not needed."""
