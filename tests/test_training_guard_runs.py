@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch import callbacks as callbacks_of_lightning
 from torch import Tensor, nn
 
 from sat_lightning.errors import NonFiniteError
@@ -135,6 +136,40 @@ def test_a_window_that_was_begun_is_begun_anew(batch_idx: int, tmp_path: Path) -
     assert guard.num_skipped == num_skipped
     found = {**state_of(trainer), "random": expected["random"]}
     assert differing(expected, found) == []
+
+
+def test_a_run_that_had_no_guard_can_be_resumed_with_one(tmp_path: Path) -> None:
+    trainer, whole, data, _ = make_run(tmp_path, (33,), 5)
+    trainer.fit(whole, data)
+    expected = state_of(trainer)
+
+    trainer, first, data, guard = make_run(tmp_path, (33,), 5)
+    trainer.callbacks[trainer.callbacks.index(guard)] = SaveAfter(tmp_path / "kept.ckpt", 4)
+    trainer.fit(first, data)
+    trainer, second, data, guard = make_run(tmp_path, (33,), 5)
+    trainer.fit(second, data, ckpt_path=tmp_path / "kept.ckpt", weights_only=False)
+    assert first.trained[:6] + second.trained == whole.trained and guard.num_skipped == 1
+    assert differing(expected, {**state_of(trainer), "random": expected["random"]}) == []
+
+
+def test_callbacks_of_lightning_run_beside_the_guard(tmp_path: Path) -> None:
+    batches, states = make_batches(9, (0, 4, 8)), []
+    for rows in (batches, [batch for number, batch in enumerate(batches) if number not in (0, 4, 8)]):
+        callbacks = [
+            callbacks_of_lightning.GradientAccumulationScheduler({0: 1, 1: 3, 2: 2}),
+            callbacks_of_lightning.LearningRateMonitor(),
+            callbacks_of_lightning.EarlyStopping("loss_epoch", patience=9, check_finite=True),
+            callbacks_of_lightning.ModelCheckpoint(tmp_path / str(len(rows)), every_n_train_steps=2, save_top_k=-1),
+            callbacks_of_lightning.ThroughputMonitor(batch_size_fn=lambda batch: 6, window_size=4),
+            SkipNonFinite(max_fraction=0.5),
+        ]
+        logger = L.pytorch.loggers.CSVLogger(tmp_path, name=None, version="")
+        arguments = {"logger": logger, "log_every_n_steps": 4, "max_epochs": 4, "enable_checkpointing": True}
+        trainer = fit(Stranger(), rows, tmp_path, callbacks=callbacks, **arguments)
+        states.append(state_of(trainer))
+    assert differing(*states) == []
+    steps = [sorted(int(path.stem.split("step=")[1]) for path in (tmp_path / name).iterdir()) for name in ("9", "6")]
+    assert steps[0] == steps[1] == [2, 4, 6, 8, 10, 12, 14][: len(steps[0])] and trainer.global_step == 6 + 2 + 3 + 3
 
 
 class Culprit(nn.Module):

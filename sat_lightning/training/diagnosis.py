@@ -1,6 +1,6 @@
 """Which module, and which tensor, was the first that is not finite."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -29,7 +29,7 @@ def find_culprit(module: nn.Module, bad: BadBatch) -> str:
         with _eager(), search.watch(module), bad.rerun() as output:
             if search.first is not None or not bad.is_window:
                 return search.first or _without_module(output)
-            return search.follow_back(output["loss"] if isinstance(output, dict) else output)
+            return search.follow_back(output["loss"] if isinstance(output, Mapping) else output)
     except Exception as error:  # noqa: BLE001 - one rank must not leave the others alone
         return f"Computing the batch again failed: {error}."
 

@@ -1,7 +1,7 @@
 """The seam by which a batch, or a window of accumulated batches, is left out of a run of any Lightning module."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -87,8 +87,17 @@ class StepGuard:
         self.has_stepped = False
         """Whether the last batch ended a window."""
 
-    def attach(self) -> None:
-        """Step in."""
+    def attach(self, saved: Mapping[str, Any]) -> None:
+        """Step in.
+
+        Args:
+            saved: in a resumed run what `state_dict` gave; it may be empty.
+        """
+        # Without a guard until now, the trainer's own count is right.
+        num_begun = self._loop.batch_progress.current.processed % self._trainer.accumulate_grad_batches
+        self.num_accumulated = saved.get("num_accumulated", num_begun)
+        self.has_stepped = saved.get("has_stepped", not self._loop._should_accumulate())
+        self.num_left_out = saved.get("num_left_out", 0)
         self._replace(self._strategy, "training_step", self._training_step)
         self._replace(self._strategy, "optimizer_step", self._optimizer_step)
         self._replace(self._loop.automatic_optimization, "run", self._run)
@@ -107,6 +116,21 @@ class StepGuard:
                 owner.__dict__[name] = before
         self._undo, self._held = [], None
         self._latest, self._latest_good, self._window_start = None, None, None
+
+    def state_dict(self, num_in_window: int) -> dict[str, Any]:
+        """Say where the run stands, as of the beginning of an open window.
+
+        Args:
+            num_in_window: batches left out since then.
+
+        Returns:
+            A few numbers, the same on every rank.
+        """
+        return {
+            "num_accumulated": self.num_accumulated,
+            "has_stepped": self.has_stepped,
+            "num_left_out": self.num_left_out - num_in_window,
+        }
 
     def begin_batch(self) -> None:
         """Count a batch as good until it is known better."""
@@ -163,7 +187,7 @@ class StepGuard:
             held, self._held = self._held or [], None
             for arguments, keywords in held:
                 self._originals["log"](*arguments, **keywords)
-            if self._trainer.accumulate_grad_batches > 1:
+            if self._trainer.accumulate_grad_batches > 1 and output is not None:
                 self._latest_good = self._latest
             return output
         found = {name: f"{number:g}" for name, value in values.items() if not math.isfinite(number := _number(value))}
@@ -184,7 +208,7 @@ class StepGuard:
         self._is_closing, self.window = True, self.window[:-1]
         self.num_left_out += 1
         self._on_left_out(bad)
-        loss: Tensor = output["loss"] if isinstance(output, dict) else output
+        loss: Tensor = output["loss"] if isinstance(output, Mapping) else output
         return loss * 0.0
 
     def _values(self, output: Any) -> dict[str, Tensor | float]:  # noqa: ANN401

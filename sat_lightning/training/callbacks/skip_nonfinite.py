@@ -31,7 +31,7 @@ class SkipNonFinite(L.Callback):
 
     Logged is `skipped_batches`, the number so far; written is one line of JSON for each to `skipped_batches.jsonl` in
     the run's folder: where it was, what was found on which rank, and the samples, if a `SATDataModule` knows them. A
-    resumed run goes on counting.
+    resumed run goes on counting, and lists again what it leaves out again.
 
     Args:
         max_consecutive: so many left out one after another end the run.
@@ -96,10 +96,7 @@ class SkipNonFinite(L.Callback):
             raise ConfigError("SkipNonFinite: LBFGS computes a batch several times a step. Use another optimizer.")
         self._trainer = trainer
         self._guard = StepGuard(trainer, self.check_metrics, self.check_gradients, self._leave_out)
-        self._guard.num_accumulated = self._saved.get("num_accumulated", 0)
-        self._guard.num_left_out = self._saved.get("num_skipped_in_epoch", 0)
-        self._guard.has_stepped = self._saved.get("has_stepped", False)
-        self._guard.attach()
+        self._guard.attach(self._saved)
 
     def on_train_batch_start(
         self,
@@ -154,9 +151,7 @@ class SkipNonFinite(L.Callback):
         return {
             "num_skipped": self.num_skipped - self._num_in_window,
             "num_consecutive": self._consecutive_before_window if is_open else self.num_consecutive,
-            "num_skipped_in_epoch": guard.num_left_out - self._num_in_window,
-            "num_accumulated": guard.num_accumulated,
-            "has_stepped": guard.has_stepped,
+            **guard.state_dict(self._num_in_window),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
