@@ -284,3 +284,16 @@ def test_recutting_streams(tmp_path):
         found = subprocess.run(words, capture_output=True, text=True, timeout=600)
         assert found.returncode == 0, found.stderr
         assert int(found.stdout) < 2 * shard, (int(found.stdout), shard)
+
+
+def test_mixins_come_back_from_a_sat_folder_of_ours(tmp_path):
+    """SAT records none; our folders do, in keys that it passes over."""
+    from sat_lightning.mixins import LMHeadMixin
+
+    model = GPT2Model(TINY)
+    model.del_mixin("gpt2-final")
+    model.add_mixin("head", LMHeadMixin(model.config))
+    save_sat(model, tmp_path, model_parallel_size=2)
+    again = AutoModel.from_pretrained(tmp_path)
+    assert list(again.mixins) == ["head"]
+    assert_same(again.state_dict(), model.state_dict())

@@ -79,7 +79,7 @@ def convert(
             write_json(temporary / CONFIG_NAME, describe(model))
         elif to == "sat":
             config = model.config.replace(model_parallel_size=model_parallel_size)
-            values = config.to_dict(model_class=type(model).__name__)
+            values = describe(model) | {"model_parallel_size": model_parallel_size}
             write_sat(tensors, config, values, temporary, step=1)
         else:
             write_huggingface(tensors, model.config, type(model), temporary, model_type, max_shard_size)

@@ -15,8 +15,9 @@ from sat_lightning.checkpoint.fitting import Incoming, fit
 from sat_lightning.checkpoint.huggingface import RECORD, find_key_map, is_tied, open_huggingface
 from sat_lightning.checkpoint.keymap import plan_import
 from sat_lightning.checkpoint.migrate import migrate_sat
+from sat_lightning.checkpoint.native import CONFIG_NAME
 from sat_lightning.checkpoint.report import LoadReport, Tolerance
-from sat_lightning.checkpoint.sat import CONFIG_NAME, is_sat_folder, open_sat
+from sat_lightning.checkpoint.sat import is_sat_folder, open_sat
 from sat_lightning.errors import CheckpointError
 from sat_lightning.model.registry import AnyModel
 

@@ -126,7 +126,7 @@ def read_blueprint(path: Path, model_class: type[AnyModel] | None = None) -> Blu
             f"{path} comes without {CONFIG_NAME}, so its architecture is unknown.{found_beside(path / CONFIG_NAME)} "
             "Write one, or build the model and use load_checkpoint(model, path)."
         )
-    values = migrate_native(read_json(file), str(file)) if kind == "native" else read_json(file)
+    values = migrate_native(read_json(file), str(file))
     if model_class is None:
         if "model_class" not in values:
             raise CheckpointError(f'{file} names no model_class. Add it, for example "model_class": "GPT2Model".')
@@ -142,16 +142,15 @@ def read_blueprint(path: Path, model_class: type[AnyModel] | None = None) -> Blu
 
 def build_model(plan: Blueprint, what: str) -> AnyModel:
     """Build the model of a blueprint, with initial values."""
-    if plan.kind == "native":
+    if plan.key_map is None:
         return build(plan.model_class, plan.config, plan.values, what)
     model = plan.model_class(plan.config)
-    if plan.key_map is not None:
-        names = [name for name, _ in all_mixins(model)]
-        for name in [name for name in plan.key_map.without if name in names]:
-            model.del_mixin(name)
-        for name, make in plan.key_map.adds.items():
-            if name not in names:
-                model.add_mixin(name, make(model.config))
+    names = [name for name, _ in all_mixins(model)]
+    for name in [name for name in plan.key_map.without if name in names]:
+        model.del_mixin(name)
+    for name, make in plan.key_map.adds.items():
+        if name not in names:
+            model.add_mixin(name, make(model.config))
     return model
 
 

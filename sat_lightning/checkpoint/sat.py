@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from sat_lightning.checkpoint.files import found_beside, open_tensors, write_json, written_whole
+from sat_lightning.checkpoint.native import CONFIG_NAME, describe
 from sat_lightning.checkpoint.partition import MergedTensors, split_tensors
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import CheckpointError
 from sat_lightning.model.registry import AnyModel
 
-CONFIG_NAME = "model_config.json"
 PARTITION_NAME = "mp_rank_{:02d}_model_states.pt"
 _FIRST = PARTITION_NAME.format(0)
 
@@ -112,7 +112,8 @@ def save_sat(
     """Write a folder that SAT itself loads.
 
     Args:
-        model: any model whose class SAT has; mixins that it does not build itself must be added there too.
+        model: any model whose class SAT has; mixins that it does not build itself must be added there too (here
+            they are rebuilt from the folder: SAT passes over the keys that say so).
         folder: made where it is missing.
         model_parallel_size: into how many partitions the weights are cut; no process group is needed, and beside the
             model only one partition is held.
@@ -122,7 +123,7 @@ def save_sat(
         CheckpointError: if the sizes of the model cannot be cut so.
     """
     config = model.config.replace(model_parallel_size=model_parallel_size)
-    values = config.to_dict(model_class=type(model).__name__)
+    values = describe(model) | {"model_parallel_size": model_parallel_size}
     write_sat(model.state_dict(), config, values, Path(folder), step)
 
 

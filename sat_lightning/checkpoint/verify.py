@@ -49,7 +49,7 @@ def compare_outputs(source: Path, target: Path, **reading: Any) -> Comparison:
     if example is not None:
         kwargs, their_kwargs = example
         with torch.no_grad():
-            outputs = [_first(ours(**kwargs)), _first(other(**kwargs))]
+            outputs = [_pick_ours(model(**kwargs), key_map) for model in (ours, other)]
             differences.append(_distance(*outputs))
             notes.append("outputs of both here")
             for folder in folders:
@@ -84,7 +84,8 @@ def _make_example(ours: AnyModel, key_map: KeyMap | None) -> tuple[Mapping[str, 
     if list(inspect.signature(ours.forward).parameters)[:1] != ["input_ids"] or not ours.config.vocab_size > 16:
         return None
     length = min(16, ours.config.max_sequence_length)
-    words = {"input_ids": torch.randint(0, ours.config.vocab_size, (2, length), generator=generator)}
+    # The first ids are where padding usually is, which families count positions around.
+    words = {"input_ids": torch.randint(8, ours.config.vocab_size, (2, length), generator=generator)}
     return words, words
 
 
@@ -102,11 +103,13 @@ def _load_theirs(folder: Path) -> Any:
 
 
 def _pick(output: Any, key_map: KeyMap | None) -> Tensor:
-    if key_map is not None and key_map.output is not None:
-        return key_map.output(output)
+    if key_map is not None and key_map.outputs is not None:
+        return key_map.outputs[1](output)
     return output.logits if hasattr(output, "logits") else output[0]
 
 
-def _first(output: Any) -> Tensor:
+def _pick_ours(output: Any, key_map: KeyMap | None) -> Tensor:
+    if key_map is not None and key_map.outputs is not None:
+        return key_map.outputs[0](output)
     found = output[0] if isinstance(output, (list, tuple)) else output
     return next(iter(found.values())) if isinstance(found, dict) else found

@@ -118,8 +118,8 @@ class KeyMap:
     """Ends of names in old files -> today's (`.gamma` -> `.weight`)."""
     example: Callable[[Any, Any], tuple[dict[str, Any], dict[str, Any]]] | None = None
     """(configuration, torch.Generator) -> keywords of our call and of theirs, to verify with. Default: random words."""
-    output: Callable[[Any], Tensor] | None = None
-    """What their call returns -> the tensor that our first result equals. Default: `logits`, or the first."""
+    outputs: tuple[Callable[[Any], Tensor], Callable[[Any], Tensor]] | None = None
+    """What our call and theirs return -> the tensors to compare. Default: our first, and their `logits` or first."""
     without: tuple[str, ...] = ()
     """Mixins of the class that these files have no weights for: removed after building."""
     adds: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from sat_lightning.errors import ConfigError
 from sat_lightning.model.keymap import Copies, Fused, KeyMap, Rule, require
 from sat_lightning.models.keymaps.common import Fields, Values, fused_query_key_value, read_fields, write_fields
@@ -82,6 +84,12 @@ def _stack_rules(part: str, index: str, last: int) -> tuple[Rule, ...]:
     )
 
 
+def _make_example(config: Any, generator: torch.Generator) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return random words to read and to write, as keywords of our call and of theirs."""
+    read, written = (torch.randint(0, config.vocab_size, (2, length), generator=generator) for length in (9, 7))
+    return {"enc_input_ids": read, "dec_input_ids": written}, {"input_ids": read, "decoder_input_ids": written}
+
+
 _DECODER, _THEIRS = "decoder.transformer.layers.{j}", "decoder.block.{j}.layer"
 KEY_MAPS = (
     KeyMap(
@@ -115,6 +123,8 @@ KEY_MAPS = (
         tied={"lm_head.weight": "shared.weight"},
         tie_fields=("scale_decoder_outputs", "tie_word_embeddings"),
         is_tied_by_default=True,
+        example=_make_example,
+        outputs=(lambda out: out[1], lambda out: out.logits),
         config_from_hf=config_from_hf,
         config_to_hf=config_to_hf,
     ),
