@@ -290,6 +290,20 @@ def test_a_source_of_ones_own_that_cannot_be_is_refused(entry: dict[str, Any], m
         SATDataModule([entry, {"dataset": Numbers(5)}]).setup()
 
 
+def test_each_source_of_text_may_have_options_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "aaaa"}\n' * 50)
+    (tmp_path / "b.jsonl").write_text('{"body": "bbbb"}\n' * 50)
+    path = [{"path": f"{tmp_path}/a.jsonl"}, {"path": f"{tmp_path}/b.jsonl", "options": {"text_field": "body"}}]
+    options = DataOptions(cache_dir=str(tmp_path / "cache"))
+    data = SATDataModule(path, 9, 4, validation=0, options=options)
+    data.prepare_data()
+    assert [source.store.meta.text_bytes for source in data.mixed_rows.sources] == [200, 200]
+    assert sorted({*data.mixed_rows.sources[1][0]["input_ids"].tolist()}) == [ord("b"), 256]
+    path[1]["options"] = {"text_feild": "body"}
+    with pytest.raises(DataError, match="options of b has no 'text_feild', only text_field, .* Did you mean 'text_fi"):
+        SATDataModule(path, 9, 4, options=options).setup()
+
+
 def test_settings_that_cannot_be_are_refused() -> None:
     for settings, message in (
         ({"bucket_size": -1}, "data: bucket_size is -1. Set it to at least 0."),

@@ -1,7 +1,7 @@
 """What to train on and what to measure on: paths and datasets in, the rows of every split out."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 from sat_lightning.data import machine as _machine  # noqa: F401 - registers its sources
 from sat_lightning.data.entries import WeightedPath
@@ -15,7 +15,7 @@ from sat_lightning.data.sources import SourceOptions, open_source
 from sat_lightning.data.split import RowSpans, split_rows, split_spans
 from sat_lightning.data.store import TokenStore
 from sat_lightning.data.tokenizer import Tokenizer
-from sat_lightning.errors import DataError
+from sat_lightning.errors import DataError, nearest
 
 
 @dataclass(frozen=True)
@@ -42,22 +42,33 @@ class Reading:
             needs_lengths: the tokens of every sample are going to be asked for.
         """
         if not self._is_of_samples(source):
-            self.open_store(source.path)
+            self.open_store(source)
         elif source.dataset is None:
             rows = self._of_samples.open(source)
             if needs_lengths or (self.samples is not None and self.samples.pack):
                 token_lengths(rows)
 
-    def open_store(self, path: str | list[str]) -> TokenStore:
+    def open_store(self, source: WeightedPath) -> TokenStore:
         """Open the tokens of a path, and prepare them first if need be.
 
         Args:
-            path: text or tokens.
+            source: text or tokens; its `options` go before those of all.
 
         Returns:
             The store.
+
+        Raises:
+            DataError: an option is unknown.
         """
-        return prepare_store(open_source(path, self.options), self.tokenizer, self.cache_dir)
+        given, known = dict(source.options or {}), [field.name for field in fields(SourceOptions)]
+        for key in given:
+            if key not in known:
+                raise DataError(
+                    f"data: options of {source.name or source.path} has no '{key}', only {', '.join(known)}."
+                    f"{nearest(key, known)}"
+                )
+        options = replace(self.options, **given)
+        return prepare_store(open_source(source.path, options), self.tokenizer, self.cache_dir)
 
     def open_splits(self, source: WeightedPath, fractions: dict[str, float], seed: int) -> dict[str, Rows]:
         """Open a source and divide it.
@@ -80,7 +91,7 @@ class Reading:
                 {"train": rows} if spans is None else {name: RowSpans(rows, own) for name, own in spans.items() if own}
             )
             return {name: self._of_samples.pack(part) for name, part in parts.items()}
-        store = self.open_store(source.path)
+        store = self.open_store(source)
         spans = split_spans(store, **fractions, seed=seed)
         return {
             name: self._pack(store, name, ranges, keep_incomplete=name != "train")
@@ -123,7 +134,7 @@ class Reading:
         """
         if self.samples is not None:
             return self.open_splits(WeightedPath(path), {}, 0)["train"]
-        store = self.open_store(path)
+        store = self.open_store(WeightedPath(path))
         return self._pack(store, split, [(0, len(store))], keep_incomplete=True)
 
     def _is_of_samples(self, source: WeightedPath) -> bool:

@@ -35,7 +35,8 @@ class WeightedPath:
     process_fn: str | Callable[[Any], Any] | None = None
     """A function, or its import path, that makes a sample of each row."""
     options: Mapping[str, Any] | None = None
-    """Of the format, for rows that are samples, or of `create_dataset`."""
+    """Of this source alone: of text, those of `SourceOptions`, for instance another `text_field`; of rows that are
+    samples, those of their format, for instance a `delimiter`; or those of `create_dataset`."""
 
     @property
     def where(self) -> Where:
