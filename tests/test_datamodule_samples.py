@@ -260,13 +260,13 @@ def test_bad_samples_are_named_or_counted(chat: str, caplog: pytest.LogCaptureFi
     with pytest.raises(DataError, match=r"chat\.jsonl, line (7: no field 'answer'|8: not valid JSON)"):
         list(data.train_dataloader())
     for settings in ({}, {"bucket_size": 20}, {"max_tokens": 64}):
-        skip = options_of(chat, {"on_bad_sample": "skip", "max_bad_fraction": 0.1}, **settings)
+        skip = options_of(chat, on_bad_sample="skip", max_bad_fraction=0.1, **settings)
         data = SATDataModule(chat, 16, 4, validation=0, options=skip)
         batches = list(data.train_dataloader())
         empty = sum(int((batch["target_ids"] == -100).all(dim=1).sum()) for batch in batches)
         assert empty == 2 and data.rows("train").bad_samples.num_bad >= 2
     assert "bad sample 2 left out" in caplog.text
-    short = options_of(chat, {"on_bad_sample": "skip", "max_bad_fraction": 0.02})
+    short = options_of(chat, on_bad_sample="skip", max_bad_fraction=0.02)
     with pytest.raises(DataError, match=r"2 bad samples among .* read, more than max_bad_fraction=0\.02 allows"):
         list(SATDataModule(chat, 16, 4, validation=0, options=short).train_dataloader())
     with pytest.raises(DataError, match=r"chat\.jsonl, line \d+: 1\d tokens are more than max_length=10"):
@@ -288,6 +288,22 @@ BAD_ENTRIES: list[tuple[dict[str, Any], str]] = [
 def test_a_source_of_ones_own_that_cannot_be_is_refused(entry: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         SATDataModule([entry, {"dataset": Numbers(5)}]).setup()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_bad_rows_of_text_are_left_out_if_one_likes(tmp_path: Path, kind: str, caplog: Any) -> None:
+    rows = [json.dumps({"text": "aaaa"}) for _ in range(60)] if kind == "jsonl" else ["text,n", *["aaaa,1"] * 60]
+    rows[7], rows[9] = ("{broken", '{"body": 1}') if kind == "jsonl" else ("aaaa", "aaaa,1,2,3")
+    (tmp_path / f"a.{kind}").write_text("\n".join(rows) + "\n")
+    settings: dict[str, Any] = {"cache_dir": str(tmp_path / "cache")}
+    with pytest.raises(DataError, match=rf"a\.{kind}, line 8: "):
+        SATDataModule(f"{tmp_path}/a.{kind}", 9, 4, options=DataOptions(**settings)).setup()
+    settings |= {"on_bad_sample": "skip"}
+    data = SATDataModule(f"{tmp_path}/a.{kind}", 9, 4, validation=0, options=DataOptions(**settings))
+    assert data.rows("train").store.meta.num_documents == 58 and "bad sample 2 left out of " in caplog.text
+    settings |= {"max_bad_fraction": 0.001, "cache_dir": str(tmp_path / "other")}
+    with pytest.raises(DataError, match=r"\d bad samples among .* read, more than max_bad_fraction=0\.001 allows"):
+        SATDataModule(f"{tmp_path}/a.{kind}", 9, 4, options=DataOptions(**settings)).setup()
 
 
 def test_each_source_of_text_may_have_options_of_its_own(tmp_path: Path) -> None:

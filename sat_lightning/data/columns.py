@@ -1,13 +1,14 @@
 """Documents that are the text field of rows: what is read by number can be pretrained on, too."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 from sat_lightning.data.formats import read_text, take_text
 from sat_lightning.data.libraries import ArrowRecords, open_hub
 from sat_lightning.data.records import Records, describe_row, open_records
+from sat_lightning.data.samples import BadSampleError, BadSamples
 from sat_lightning.data.sources import Document, NotTextError, SourceOptions, register_source
-from sat_lightning.errors import DataError
 
 _NUM_ROWS = 1024
 
@@ -26,7 +27,7 @@ def read_column(path: str, options: SourceOptions) -> Iterator[str]:
     Raises:
         DataError: the file cannot be read, or a row has no text in that field.
     """
-    yield from _texts(_open(path, options), options.text_field)
+    yield from _texts(_open(path, options), options)
 
 
 @register_source(".csv", ".tsv")
@@ -46,7 +47,7 @@ def read_table(path: str, options: SourceOptions) -> Iterator[Document]:
     with open(path, "rb") as file:
         names = file.readline().replace(b"\t", b",").split(b",")
     if options.text_field.encode() in (name.strip(b'"\r\n\xef\xbb\xbf') for name in names):
-        yield from _texts(_open(path, options), options.text_field)
+        yield from _texts(_open(path, options), options)
     else:
         yield from read_text(path, options)
 
@@ -65,20 +66,19 @@ class HubDocuments:
     def __init__(self, path: str, options: SourceOptions) -> None:
         self.name = f"hf://{path}"
         self._path = path
-        self._field = options.text_field
-        self._cache_dir = options.cache_dir
+        self._options = options
         self._records: ArrowRecords | None = None
 
     def __iter__(self) -> Iterator[str]:
-        return _texts(self._open(), self._field)
+        return _texts(self._open(), self._options)
 
     def fingerprint(self) -> str:
         """Of the dataset's content, as the library knows it, and the field."""
-        return f"{self.name}-{self._open().dataset._fingerprint}-{self._field}"
+        return f"{self.name}-{self._open().dataset._fingerprint}-{self._options.fingerprint()}"
 
     def _open(self) -> ArrowRecords:
         if self._records is None:
-            self._records = open_hub(self._path, cache_dir=self._cache_dir)
+            self._records = open_hub(self._path, cache_dir=self._options.cache_dir)
         return self._records
 
 
@@ -86,15 +86,40 @@ def _open(path: str, options: SourceOptions) -> Records:
     return open_records(path, **({} if options.cache_dir is None else {"cache_dir": options.cache_dir}))
 
 
-def _texts(records: Records, field: str) -> Iterator[str]:
-    gather = getattr(records, "__getitems__", None)
+def _texts(records: Records, options: SourceOptions) -> Iterator[str]:
+    field, bad = options.text_field, BadSamples(records.name, options.on_bad_sample, options.max_bad_fraction)
     for start in range(0, len(records), _NUM_ROWS):
-        numbers = list(range(start, min(start + _NUM_ROWS, len(records))))
-        rows = gather(numbers) if gather is not None else (records[number] for number in numbers)
-        for number, row in zip(numbers, rows, strict=True):
+        numbers = range(start, min(start + _NUM_ROWS, len(records)))
+        for number, read in zip(numbers, _read(records, numbers), strict=True):
+            bad.count()
+            row: Any = None
             try:
-                yield take_text(row, field, partial(describe_row, records, number))
-            except DataError as error:
-                if number == 0 and field not in row:  # such a file is no text, and a folder may hold it
+                row = read()
+                text = take_text(row, field, partial(describe_row, records, number))
+            except BadSampleError as error:
+                if number == 0 and row is not None and field not in row:  # no text, and a folder may hold such a file
                     raise NotTextError(str(error)) from error
-                raise
+                bad.handle(error)
+                continue
+            yield text
+
+
+def _read(records: Records, numbers: range) -> list[Callable[[], Any]]:
+    """Rows, gathered at once where that can be, or else what reads each."""
+    try:
+        gather = getattr(records, "__getitems__", None)
+        return (
+            [partial(_same, row) for row in gather(list(numbers))]
+            if gather is not None
+            else _one_by_one(records, numbers)
+        )
+    except BadSampleError:  # one of them
+        return _one_by_one(records, numbers)
+
+
+def _one_by_one(records: Records, numbers: range) -> list[Callable[[], Any]]:
+    return [partial(records.__getitem__, number) for number in numbers]
+
+
+def _same(row: Any) -> Any:  # noqa: ANN401 - a row is what its source holds
+    return row

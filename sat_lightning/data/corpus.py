@@ -142,7 +142,7 @@ class Reading:
 
     @property
     def _of_samples(self) -> SampleReading:
-        return SampleReading(self.tokenizer, self.sequence_length, self.samples, self.cache_dir)
+        return SampleReading(self.tokenizer, self.sequence_length, self.samples, self.options, self.cache_dir)
 
     def _pack(self, store: TokenStore, split: str, spans: list[tuple[int, int]], keep_incomplete: bool) -> PackedTokens:
         rows = PackedTokens(store, self.sequence_length, spans, keep_incomplete)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sat_lightning.data.samples import BadSampleError, BadSamples
 from sat_lightning.data.sources import (
     FileSource,
     NotTextError,
@@ -78,18 +79,28 @@ def read_jsonl(path: str, options: SourceOptions) -> Iterator[str]:
         The texts.
 
     Raises:
-        DataError: a line is not a JSON object with a string in that field; names file, line and cure.
+        DataError: a line is not a JSON object with a string in that field; names file, line and cure. With
+            `on_bad_sample: skip`, there are more of them than may be left out.
     """
-    field = options.text_field
+    field, bad = options.text_field, BadSamples(path, options.on_bad_sample, options.max_bad_fraction)
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
+            bad.count()
             try:
-                row = parse_json(line)
-            except ValueError as error:
-                raise DataError(f"{path}, line {number}: {error}. Mend or remove the line.") from error
-            yield take_text(row, field, partial("{}, line {}".format, path, number))
+                text = take_text(_parse(line, path, number), field, partial("{}, line {}".format, path, number))
+            except BadSampleError as error:
+                bad.handle(error)
+                continue
+            yield text
+
+
+def _parse(line: bytes, path: str, number: int) -> dict[str, Any]:
+    try:
+        return parse_json(line)
+    except ValueError as error:
+        raise BadSampleError(f"{path}, line {number}: {error}. Mend or remove the line.") from error
 
 
 def take_text(row: dict[str, Any], field: str, where: Callable[[], str]) -> str:
@@ -104,15 +115,15 @@ def take_text(row: dict[str, Any], field: str, where: Callable[[], str]) -> str:
         The text.
 
     Raises:
-        DataError: the field is missing, or holds something else.
+        BadSampleError: the field is missing, or holds something else.
     """
     if field not in row:
-        raise DataError(
+        raise BadSampleError(
             f"{where()}: no field '{field}'; fields there: {', '.join(sorted(row)) or 'none'}.{nearest(field, row)} "
             "Set text_field to the one that holds the text."
         )
     if not isinstance(row[field], str):
-        raise DataError(
+        raise BadSampleError(
             f"{where()}: field '{field}' holds {type(row[field]).__name__}, not text. Set text_field to the one that "
             "holds the text."
         )

@@ -11,7 +11,7 @@ from sat_lightning.data.entries import WeightedPath
 from sat_lightning.data.lengths import token_lengths
 from sat_lightning.data.mixed import Rows
 from sat_lightning.data.records import open_records
-from sat_lightning.data.samples import OnBadSample
+from sat_lightning.data.sources import SourceOptions
 from sat_lightning.data.tokenizer import Tokenizer
 from sat_lightning.data.transforms import ProcessedRecords, Tokenize
 from sat_lightning.errors import DataError
@@ -31,10 +31,6 @@ class SampleOptions:
     """What becomes of more tokens than `sequence_length`: an error, their end cut off, or (packed) several pieces."""
     pack: bool = False
     """Put several samples into a row of `sequence_length`; attention does not cross from one to the next."""
-    on_bad_sample: OnBadSample = "raise"
-    """What happens at a row that cannot be read or tokenized: `raise`, or `skip`, which leaves it out and counts it."""
-    max_bad_fraction: float = 0.01
-    """The share of the rows that may be skipped."""
 
     def __post_init__(self) -> None:
         if self.too_long == "split" and not self.pack:
@@ -51,6 +47,8 @@ class SampleReading:
     """Tokens of a sample at most, or of a packed row."""
     options: SampleOptions | None
     """How a row becomes a sample."""
+    source_options: SourceOptions
+    """How files are read."""
     cache_dir: str | None = None
     """Where indices, remote copies and lengths are kept."""
 
@@ -78,8 +76,8 @@ class SampleReading:
         return ProcessedRecords(
             records,
             self._tokenize(options) if process is None else process,
-            options.on_bad_sample,
-            options.max_bad_fraction,
+            self.source_options.on_bad_sample,
+            self.source_options.max_bad_fraction,
             cache_dir=self.cache_dir,
         )
 

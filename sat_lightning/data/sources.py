@@ -5,7 +5,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sat_lightning.data.braces import expand_braces
+from sat_lightning.data.samples import OnBadSample
 from sat_lightning.errors import DataError, nearest
 
 Document = str | bytes | NDArray[np.integer[Any]]
@@ -37,13 +38,18 @@ class SourceOptions:
     """Name of the field that holds the text of a `.jsonl` row."""
     token_dtype: str = "uint16"
     """Element type of a headerless `.bin` token file: uint16 or uint32."""
+    on_bad_sample: OnBadSample = "raise"
+    """What happens at a row that cannot be read, or is no text: `raise`, or `skip`, which leaves out and counts it."""
+    max_bad_fraction: float = 0.01
+    """The share of the rows that may be skipped."""
     cache_dir: str | None = None
     """Where prepared tokens, copies of remote files and indices are kept; default `$SAT_HOME/data`, else the user's
     cache folder. What lies there is removed by `sat-lightning clean-cache` alone."""
 
     def fingerprint(self) -> str:
         """What identifies the content of a file that is read with these options, wherever it is cached."""
-        return repr({name: value for name, value in asdict(self).items() if name != "cache_dir"})
+        names = ("text_field", "token_dtype", *(("on_bad_sample",) if self.on_bad_sample != "raise" else ()))
+        return repr({name: getattr(self, name) for name in names})
 
 
 @runtime_checkable
