@@ -87,3 +87,29 @@ def test_loading():
     table = rows(run("loading.py", "--rounds", "1"))
     assert len(table) == 7 and list(table)[0] == "sat_lightning, native"
     assert all(float(row[3].split()[0]) > 0.5 for row in table.values())
+
+
+OVERHEAD = [
+    "bare loop",
+    "Lightning, minimal",
+    "Lightning, one self.log a step",
+    "ours, minimal",
+    "ours: logging",
+    "ours: logging + RunMonitor",
+    "ours: logging + SkipNonFinite",
+    "ours: guard + monitor + logging",
+    "ours: the same + EMA",
+    "ours: the same + progress bar",
+]
+
+
+@pytest.mark.parametrize(
+    "words", [["--own-time"], pytest.param(["--zero"], marks=pytest.mark.slow)], ids=["alone", "zero"]
+)
+@pytest.mark.timeout(600)
+def test_overhead(words, tmp_path):
+    output = tmp_path / "table.md"
+    table = rows(run("overhead.py", *words, "--output", str(output)))
+    assert list(table) == OVERHEAD and output.read_text().count("### ") == 1
+    assert all(float(step.split()[0]) > 0 for step, *_ in table.values())
+    assert table["bare loop"][2] == table["Lightning, minimal"][1] == "0.000 [0.000..0.000]"

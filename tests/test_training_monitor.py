@@ -16,9 +16,18 @@ import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ThroughputMonitor, Timer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.profilers import SimpleProfiler
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, IterableDataset
 
-from sat_lightning.training import OptimConfig, RunMonitor, TrainingProgressBar, count_rows, count_tokens
+from sat_lightning.training import (
+    EMA,
+    OptimConfig,
+    RunMonitor,
+    SkipNonFinite,
+    TrainingProgressBar,
+    count_rows,
+    count_tokens,
+)
 from sat_lightning.training.callbacks import monitor as monitor_file
 from sat_lightning.training.callbacks import progress as progress_file
 from sat_lightning.training.callbacks.monitor import peak_flops, resident_bytes
@@ -153,11 +162,9 @@ def test_half_of_it_through_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_users_profiler_still_hears_everything(tmp_path: Path) -> None:
     profiler = SimpleProfiler()
-    for _ in range(2):  # a second run listens once again, not twice
-        monitor = RunMonitor()
-        fit(tmp_path, monitor, max_steps=2, profiler=profiler)
-    assert len(profiler.recorded_durations["[_TrainingEpochLoop].train_dataloader_next"]) >= 4
-    assert "start" not in vars(profiler) and "stop" not in vars(profiler)
+    trainer = fit(tmp_path, RunMonitor(), max_steps=2, profiler=profiler)
+    assert len(profiler.recorded_durations["[_TrainingEpochLoop].train_dataloader_next"]) >= 2
+    assert not {"_on_before_fetch", "_on_after_fetch"} & set(vars(trainer.fit_loop.epoch_loop))  # left as it was
 
 
 def test_a_strangers_module_has_rates_too(tmp_path: Path) -> None:
@@ -340,3 +347,49 @@ def test_two_ranks_are_counted_together(tmp_path: Path) -> None:
         both, each = columns[f"train/{name}_per_sec"], columns[f"train/device/{name}_per_sec"]
         assert both == pytest.approx([2 * rate for rate in each])
     assert columns["train/items_per_sec"] == pytest.approx([12 * rate for rate in columns["train/samples_per_sec"]])
+
+
+class Waits(TorchDispatchMode):
+    """Counts how often the host waits for a number of the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "expected"),
+    [
+        (lambda: [], 0),
+        (lambda: [RunMonitor(), EMA(), TrainingProgressBar(refresh_rate=100)], 0),
+        # On a CPU the guard also reads the loss itself, which lies there; on a GPU one number says it all.
+        (lambda: [SkipNonFinite(check_gradients=False), RunMonitor(), EMA()], 1 + 1),
+        (lambda: [SkipNonFinite(), RunMonitor(), EMA()], 1 + 2),
+    ],
+    ids=["module", "monitors", "guard", "guard of gradients too"],
+)
+def test_a_step_that_is_not_logged_does_not_wait_for_the_device(callbacks: Any, expected: int, tmp_path: Path) -> None:
+    with Waits() as waits:
+        counts = []
+
+        class Count(L.Callback):
+            def on_train_batch_start(self, *_: Any) -> None:
+                counts.append(waits.count)
+
+        fit(tmp_path, *callbacks(), Count(), log_every_n_steps=4, val_check_interval=8, enable_progress_bar=True)
+    each = [after - before for before, after in zip(counts, counts[1:], strict=False)]
+    assert each[:3] == each[4:7] == [expected] * 3
+    assert expected < each[3] < 12  # the fourth is logged
+
+
+def test_the_counter_of_waits_counts() -> None:
+    tensor = torch.ones(2)
+    with Waits() as waits:
+        tensor.sum().item()
+        bool(tensor.sum() > 0)
+        float(tensor[0])
+    assert waits.count == 3

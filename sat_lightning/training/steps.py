@@ -130,7 +130,11 @@ class StepModule(L.LightningModule):
 
     def _log_train_means(self) -> None:
         means = self._train_means.pop(self.trainer.strategy)
-        self.log_dict({f"train_{name}": mean for name, mean in means.items()}, prog_bar=True, batch_size=1)
+        named = {f"train_{name}": mean for name, mean in means.items()}
+        self.log_dict(named, batch_size=1)
+        # With prog_bar=True Lightning would read these from the device, and wait for it, after every later batch too.
+        shown = self.trainer._logger_connector._progress_bar_metrics
+        shown |= {name: mean.item() for name, mean in named.items()}
 
     def _evaluate(self, batch: Any, dataloader_idx: int) -> None:  # noqa: ANN401
         values = self._run(batch)[1]

@@ -10,7 +10,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.utilities.throughput import Throughput, get_available_flops
-from lightning.pytorch.profilers import Profiler
 from torch import Tensor
 
 from sat_lightning.training.runs import is_logging_step, logged_step
@@ -19,8 +18,6 @@ from sat_lightning.training.throughput import count_rows, count_tokens
 #: Dense bf16 and fp16 products a second by the makers' data sheets, of devices that Lightning's table lacks, or has
 #: with the rate of sparse matrices, which is twice as high; fp32 through TF32 runs at half of it.
 _PEAK_FLOPS = {"h200 nvl": 835.5e12, "h200": 989.5e12, "h100 nvl": 835.5e12, "b200": 2250e12, "mi300x": 1307.4e12}
-#: What Lightning's profilers call the wait for a training batch.
-_FETCH = "[_TrainingEpochLoop].train_dataloader_next"
 _GIB = 2.0**30
 
 Count = Callable[[Any], int]
@@ -59,7 +56,7 @@ class RunMonitor(L.Callback):
         self._counts = [0, 0, 0, 0]  # batches, samples, items and operations of this rank since the last log
         self._totals = [0.0, 0.0, 0.0]  # the first three, of the mean rank, since the run began
         self._began, self._paused, self._logged, self._asked, self._waited = 0.0, 0.0, 0.0, 0.0, 0.0
-        self._profiler: Profiler | None = None
+        self._watched: Any = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
@@ -69,7 +66,7 @@ class RunMonitor(L.Callback):
         self._throughput = Throughput(available_flops=flops, world_size=trainer.world_size, window_size=2)
         self._throughput.update(time=0.0, batches=0, samples=0, lengths=0, flops=0)
         self._counts, self._totals = [0, 0, 0, 0], [0.0, 0.0, 0.0]
-        self._watch(trainer.profiler)  # type: ignore[attr-defined]
+        self._watch(trainer.fit_loop.epoch_loop)
         self._began, self._logged, self._waited = time.perf_counter(), 0.0, 0.0
 
     def on_train_batch_end(
@@ -97,9 +94,9 @@ class RunMonitor(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave the trainer as it was."""
-        if self._profiler is not None:
-            del self._profiler.start, self._profiler.stop
-            self._profiler = None
+        if self._watched is not None:
+            del self._watched._on_before_fetch, self._watched._on_after_fetch
+            self._watched = None
 
     def _log(self, trainer: L.Trainer) -> None:
         device = trainer.strategy.root_device
@@ -126,24 +123,22 @@ class RunMonitor(L.Callback):
         for logger in trainer.loggers:
             logger.log_metrics({f"train/{name}": value for name, value in metrics.items()}, step=logged_step(trainer))
 
-    def _watch(self, profiler: Profiler) -> None:
-        """Listen to when the trainer asks its profiler to time the loader."""
-        if profiler is self._profiler:
+    def _watch(self, loop: Any) -> None:  # noqa: ANN401 - a loop of Lightning's
+        """Listen to where the loop, for the sake of profilers, says that it fetches a batch."""
+        if loop is self._watched:
             return
-        start, stop = profiler.start, profiler.stop
+        before, after = loop._on_before_fetch, loop._on_after_fetch
 
-        def timed_start(action_name: str) -> None:
-            if action_name == _FETCH:
-                self._asked = time.perf_counter()
-            start(action_name)
+        def begin() -> None:
+            self._asked = time.perf_counter()
+            before()
 
-        def timed_stop(action_name: str) -> None:
-            if action_name == _FETCH:
-                self._waited += time.perf_counter() - self._asked
-            stop(action_name)
+        def end() -> None:
+            self._waited += time.perf_counter() - self._asked
+            after()
 
-        profiler.start, profiler.stop = timed_start, timed_stop  # type: ignore[method-assign]
-        self._profiler = profiler
+        loop._on_before_fetch, loop._on_after_fetch = begin, end
+        self._watched = loop
 
 
 def _gather(trainer: L.Trainer, values: list[float]) -> Tensor:
