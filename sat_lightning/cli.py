@@ -34,6 +34,8 @@ HELP = """usage: {program} VERB [options]
   {program} fit --config recipes/gpt2_quickstart.yaml            train by a recipe
   {program} fit --config ... --data.path my.txt                  change any value of it
   {program} fit --config ... --print_config                      show the whole configuration
+  {program} fit --resume runs/gpt2_quickstart/version_0          go on after a stop, in the same folder
+  {program} fit --resume ... --reset optimizer,scheduler         all but optimizer, scheduler, data or step
   {program} VERB --help                                          all options of a verb
   {program} --version
 """

@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from sat_lightning.errors import CheckpointError
-from sat_lightning.training import ExactResume, SATDataModule, find_resume_checkpoint
+from sat_lightning.training import EMA, ExactResume, SATDataModule, find_resume_checkpoint
 from sat_lightning.training import checkpoints as checkpoints_module
 from sat_lightning.training.metrics_file import continue_files
 from tests.training_examples import counting_rows, make_model, make_task
@@ -45,6 +45,7 @@ DEFAULTS: dict[str, Any] = {
     "kill_at": None,  # the number of a batch, in whose training step the process kills itself
     "kill_writing": None,  # the number of a checkpoint, in whose middle the process kills itself
     "signal_at": None,  # [signal, "train" or "val", number of the batch]; rank 1 alone receives it, if there is one
+    "ema": False,
     "plain": False,  # a stranger's module and data instead of ours
 }
 
@@ -168,6 +169,8 @@ def train(settings: dict[str, Any]) -> None:
         break_writing(settings["kill_writing"])
     run = Path(settings["folder"])
     module, data, callbacks = make_parts(settings)
+    if settings["ema"]:
+        callbacks.append(EMA(decay=0.9))
     if not settings["saver"].get("none"):
         callbacks.append(ModelCheckpoint(dirpath=run / "checkpoints", **settings["saver"]))
     L.seed_everything(3, verbose=False)
@@ -188,7 +191,8 @@ def train(settings: dict[str, Any]) -> None:
             path = find_resume_checkpoint(run)
         except CheckpointError as error:
             assert "no complete checkpoint" in str(error) or "is no run" in str(error), error
-        continue_files(trainer)
+        if path is not None:
+            continue_files(trainer)
     trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
 
 
@@ -203,6 +207,8 @@ def write_result(trainer: L.Trainer, module: L.LightningModule, run: Path) -> No
         }
         for c in trainer.callbacks
     }
+    averages = [c.ema_state_dict(trainer) for c in trainer.callbacks if isinstance(c, EMA)]
+    result["ema"] = averages
     result["files"] = sorted(path.name for path in (run / "checkpoints").glob("*"))
     result["metrics"] = (run / "metrics.csv").read_text()
     torch.save(result, run / "result.pt")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +67,14 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         {"plain": True, "saver": {}, "max_epochs": 3, "max_steps": -1, "validate_every": 1.0},
         [{"kill_at": 13}, {"kill_at": 23}],
     ),
+    "signals: in a window, in validation, of another kind": (
+        {"accumulate": 2, "validate_every": 5, "max_steps": 8, "ema": True, "saver": {"every_n_train_steps": 3}},
+        [{"signal_at": [15, "train", 3]}, {"signal_at": [15, "val", 501]}, {"signal_at": [10, "train", 11]}],
+    ),
+    "a signal to one of two ranks": (
+        {"ranks": 2, "accumulate": 2, "validate_every": 3, "max_steps": 5, "saver": {"none": True}},
+        [{"signal_at": [15, "val", 301]}, {"signal_at": [12, "train", 7]}],
+    ),
     "two ranks": ({"ranks": 2, "max_steps": 9, "log_every": 2, "saver": {"every_n_train_steps": 3}}, [{"kill_at": 8}]),
 }
 
@@ -91,5 +101,36 @@ def test_killed_run_equals_the_unbroken_one(finished: tuple[Path, dict[str, list
     assert first == last == 0 and all(killed), f"{codes[case]}\n{said}"
     parts, whole = (result(folder / str(number) / name) for name in ("parts", "whole"))
     # Lightning keeps the checkpoints that a run was resumed from, beside those that the unbroken run keeps.
+    assert set(parts.pop("files")) >= set(whole.pop("files"))
+    assert_same(parts, whole)
+    if number == list(CASES).index("signals: in a window, in validation, of another kind"):
+        assert killed == [128 + signal.SIGTERM, 128 + signal.SIGTERM, 128 + signal.SIGUSR1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", range(2))
+def test_soak_of_twenty_kills(tmp_path: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    settings: dict[str, Any] = {
+        "num_rows": 44,
+        "max_steps": 40,
+        "accumulate": draw.choice([1, 3]),
+        "validate_every": draw.choice([None, 4]),
+        "num_workers": draw.choice([0, 2]),
+        "saver": {"every_n_train_steps": draw.choice([1, 2]), "save_last": True},
+        "ema": True,
+    }
+    jobs: list[dict[str, Any]] = [settings | {"folder": "whole"}]
+    for number in range(20):
+        kill = {"kill_writing": draw.randint(2, 4)} if draw.random() < 0.4 else {"kill_at": 0}
+        if "kill_at" in kill:
+            kill["kill_at"] = draw.randint(6 * number + 1, 6 * number + 12) * settings["accumulate"] // 3
+        jobs.append(settings | {"folder": "parts"} | kill)
+    jobs.append(settings | {"folder": "parts"})
+    codes = run(tmp_path, *jobs)
+    said = (tmp_path / "parts.txt").read_text()[-3000:]
+    assert set(codes) <= {0, -9} and codes.count(-9) >= 10, (codes, said)
+    parts, whole = (result(tmp_path / name) for name in ("parts", "whole"))
     assert set(parts.pop("files")) >= set(whole.pop("files"))
     assert_same(parts, whole)

@@ -16,6 +16,8 @@ from sat_lightning.errors import CheckpointError, nearest
 
 #: Written last into a checkpoint that is a folder: without it the folder is not whole.
 COMPLETE_NAME = "complete"
+#: In a folder, what Lightning saves beside weights and optimizer.
+FOLDER_STATE_NAME = "state.ckpt"
 PARTIAL_SUFFIX = ".partial"
 CONFIG_NAME = "config.yaml"
 
@@ -173,15 +175,18 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> CheckpointFacts:
     if path.is_dir():
         if not (path / COMPLETE_NAME).is_file():
             raise CheckpointError(f"{path} is not complete: it has no file '{COMPLETE_NAME}'.")
-        return CheckpointFacts(path, (path / COMPLETE_NAME).stat().st_mtime, -1)
+        path, whole = path / FOLDER_STATE_NAME, path
+    else:
+        whole = path
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path} cannot be read ({_first_line(error)}).") from error
-    if not isinstance(content, dict) or not {"loops", "optimizer_states"} <= content.keys():
+    needed = {"loops", "optimizer_states"} if whole == path else {"loops"}
+    if not isinstance(content, dict) or not needed <= content.keys():
         raise CheckpointError(f"{path} holds weights, but not the state of a run. Use it with init_from.")
     saved_at = content.get("exact_resume", {}).get("saved_at", path.stat().st_mtime)
-    return CheckpointFacts(path, saved_at, content["global_step"])
+    return CheckpointFacts(whole, saved_at, content["global_step"])
 
 
 def find_resume_checkpoint(

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from sat_lightning.errors import ConfigError, SatError, UsageError
 from sat_lightning.training.refusals import explain_refusal
 
@@ -37,16 +39,22 @@ def run_trainer(verb: str, words: list[str]) -> None:
     _quieten()
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import LightningDataModule, LightningModule
+    from lightning.pytorch.cli import SaveConfigCallback
+
+    from sat_lightning.training.resume import SaveConfigAtStart, read_resume
 
     _import_ours()
+    plan = read_resume(words) if verb == "fit" else None
+    words = words if plan is None else plan.words
     try:
-        _make_cli_class()(
+        _make_cli_class(plan)(
             LightningModule,
             LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             seed_everything_default=0,
+            save_config_callback=SaveConfigCallback if plan is None else SaveConfigAtStart,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={"logger": _default_logger(words)},
             args=[verb, *words],
@@ -55,12 +63,14 @@ def run_trainer(verb: str, words: list[str]) -> None:
         raise ConfigError(str(error)) from error
 
 
-def _make_cli_class() -> Any:  # noqa: ANN401 - a class of a module that is imported late
+def _make_cli_class(plan: Any) -> Any:  # noqa: ANN401 - a class of a module that is imported late
     from jsonargparse import ArgumentError, ArgumentParser
     from lightning.pytorch import Trainer
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+    from sat_lightning.training.initialise import init_from
     from sat_lightning.training.module import SATLightningModule
+    from sat_lightning.training.resume import begin_resume
 
     class TrainerCLI(LightningCLI):
         """Lightning's CLI, whose refusals fit on one line."""
@@ -78,6 +88,22 @@ def _make_cli_class() -> Any:  # noqa: ANN401 - a class of a module that is impo
                 except (ArgumentError, DeprecationWarning) as error:
                     options = [action.dest for action in self._subcommand_parsers[args[0]]._actions]
                     raise UsageError(explain_refusal(str(error), options)) from error
+
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            about = "begin with the weights, alone, of a training checkpoint, a model folder or a .safetensors file"
+            parser.add_argument("--init_from", type=str | None, default=None, help=about)
+
+        def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+            """Resume and begin with weights behind the back of the configuration, which is saved as a recipe."""
+            arguments = super()._prepare_subcommand_kwargs(subcommand)
+            config = self.config[subcommand]
+            if plan is not None:
+                said = yaml.safe_load(self._parser(subcommand).dump(config, skip_none=False))
+                begin_resume(plan, self.trainer, said)
+                arguments["ckpt_path"] = plan.checkpoint
+            if config.get("init_from") and (plan is None or not plan.has_base):
+                init_from(self.model, config["init_from"])
+            return arguments
 
         def _parse_ckpt_path(self) -> None:
             """Leave the configuration as it was given: Lightning would let the checkpoint's overrule it unseen."""

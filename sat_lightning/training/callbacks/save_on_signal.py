@@ -87,9 +87,7 @@ class SaveOnSignal(L.Callback):
             self._stop_if_told(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Save, after the other callbacks have put things back in order."""
-        if isinstance(exception, Interrupted) and not is_trial(trainer):
-            self._save(trainer)
+        """Stop listening."""
         # Lightning is about to put back what it found, which was ours.
         trainer._signal_connector._original_handlers.update(self._previous)
         self._restore_handlers()
@@ -124,6 +122,9 @@ class SaveOnSignal(L.Callback):
             torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
             self._received = int(told)
         if self._received:
+            # Here rather than in on_exception, which processes that were forked do not come to.
+            if not is_trial(trainer):
+                self._save(trainer)
             raise Interrupted(_exit_code(trainer, self._received))
 
     def _save(self, trainer: L.Trainer) -> None:
