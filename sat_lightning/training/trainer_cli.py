@@ -9,15 +9,10 @@ import os
 import pkgutil
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from sat_lightning.errors import ConfigError, SatError, UsageError
-from sat_lightning.training.refusals import explain_refusal
+from sat_lightning.errors import ConfigError
 
 # Packages whose classes a configuration may name without their module.
 _OURS = ("sat_lightning.models", "sat_lightning.mixins", "sat_lightning.training")
@@ -42,12 +37,14 @@ def run_trainer(verb: str, words: list[str]) -> None:
     from lightning.pytorch.cli import SaveConfigCallback
 
     from sat_lightning.training.resume import SaveConfigAtStart, read_resume
+    from sat_lightning.training.trainer_class import TrainerCLI
 
     _import_ours()
     plan = read_resume(words) if verb == "fit" else None
     words = words if plan is None else plan.words
     try:
-        _make_cli_class(plan)(
+        TrainerCLI(
+            plan,
             LightningModule,
             LightningDataModule,
             subclass_mode_model=True,
@@ -61,94 +58,6 @@ def run_trainer(verb: str, words: list[str]) -> None:
         )
     except MisconfigurationException as error:
         raise ConfigError(str(error)) from error
-
-
-def _make_cli_class(plan: Any) -> Any:  # noqa: ANN401 - a class of a module that is imported late
-    from jsonargparse import ArgumentError, ArgumentParser
-    from lightning.pytorch import Trainer
-    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-
-    from sat_lightning.training.initialise import init_from
-    from sat_lightning.training.module import SATLightningModule
-    from sat_lightning.training.resume import begin_resume
-
-    class TrainerCLI(LightningCLI):
-        """Lightning's CLI, whose refusals fit on one line."""
-
-        def init_parser(self, **kwargs: Any) -> LightningArgumentParser:  # noqa: ANN401
-            return super().init_parser(exit_on_error=False, allow_abbrev=False, **kwargs)
-
-        def parse_arguments(self, parser: ArgumentParser, args: Any) -> None:  # noqa: ANN401
-            with _every_deprecation(), warnings.catch_warnings():
-                # A nested parser completes a misspelt option to one that begins so; we want to hear of it.
-                warnings.filterwarnings("ignore", category=DeprecationWarning)
-                warnings.filterwarnings("error", message="(?s).*was expanded to")
-                try:
-                    self.config = parser.parse_args(args)
-                except (ArgumentError, DeprecationWarning) as error:
-                    options = [action.dest for action in self._subcommand_parsers[args[0]]._actions]
-                    raise UsageError(explain_refusal(str(error), options)) from error
-
-        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-            about = "begin with the weights, alone, of a training checkpoint, a model folder or a .safetensors file"
-            parser.add_argument("--init_from", type=str | None, default=None, help=about)
-
-        def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-            """Resume and begin with weights behind the back of the configuration, which is saved as a recipe."""
-            arguments = super()._prepare_subcommand_kwargs(subcommand)
-            config = self.config[subcommand]
-            if plan is not None:
-                said = yaml.safe_load(self._parser(subcommand).dump(config, skip_none=False))
-                begin_resume(plan, self.trainer, said)
-                arguments["ckpt_path"] = plan.checkpoint
-            if config.get("init_from") and (plan is None or not plan.has_base):
-                init_from(self.model, config["init_from"])
-            return arguments
-
-        def _parse_ckpt_path(self) -> None:
-            """Leave the configuration as it was given: Lightning would let the checkpoint's overrule it unseen."""
-
-        def before_instantiate_classes(self) -> None:
-            # A checkpoint is data; Lightning's default would run what a pickle says.
-            if self.config[self.subcommand].get("weights_only") is None:
-                self.config[self.subcommand]["weights_only"] = True
-
-        def instantiate_trainer(self, **kwargs: Any) -> Trainer:  # noqa: ANN401
-            is_unsaid = self.config[self.subcommand]["trainer"].get("enable_model_summary") is None
-            if is_unsaid and isinstance(self.model, SATLightningModule):
-                kwargs["enable_model_summary"] = False  # ours prints a table of its own
-            return super().instantiate_trainer(**kwargs)
-
-        def instantiate_classes(self) -> None:
-            try:
-                super().instantiate_classes()
-            except ValueError as error:
-                # A class's own refusal comes wrapped, once for each union of types that could have held the class.
-                refusal = next((link for link in _chain(error) if isinstance(link, SatError)), None)
-                if refusal is None:
-                    raise
-                raise refusal from None
-
-    return TrainerCLI
-
-
-@contextmanager
-def _every_deprecation() -> Iterator[None]:
-    """Let jsonargparse give each of its warnings every time, and none about how often it gives them."""
-    name = "JSONARGPARSE_DEPRECATION_WARNINGS"
-    before, os.environ[name] = os.environ.get(name), "all"
-    try:
-        yield
-    finally:
-        os.environ.pop(name)
-        if before is not None:
-            os.environ[name] = before
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _default_logger(words: list[str]) -> dict[str, Any]:
