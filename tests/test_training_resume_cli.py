@@ -38,10 +38,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     recipe = RECIPE.replace("max_steps: 2", "max_steps: 4").replace("16}", "16, hidden_dropout: 0.1}")
     (tmp_path / "text.txt").write_text("To be, or not to be, that is the question.\n" * 60)
     (tmp_path / "tiny.yaml").write_text(recipe)
-    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "stopping.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    monkeypatch.delitem(sys.modules, "stopping", raising=False)
     return tmp_path
 
 
@@ -53,7 +53,7 @@ def stopped(*words: str, at: int = 3, more: str = "") -> Path:
     """Make a run that SIGTERM ends after some batches."""
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stop:
-        fit(*words, more=f", {{class_path: mine.StopAt, init_args: {{batch: {at}}}}}{more}")
+        fit(*words, more=f", {{class_path: stopping.StopAt, init_args: {{batch: {at}}}}}{more}")
     assert stop.value.code == 143
     assert signal.getsignal(signal.SIGTERM) == before
     return max(Path("runs/tiny").iterdir(), key=lambda path: int(path.name.split("_")[1]))
