@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +27,29 @@ ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.timeout(1200)  # two processes on a busy machine
 
 
+ALL = [*CASES["quick"], *(pytest.param(case, marks=pytest.mark.slow) for case in CASES["slow"])]
+ZERO = [case for case in ALL if "zero_" in str(case)]
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ema")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
-    command = [sys.executable, "-m", "tests.ema_worker", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return folder
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Run the cases of a kind, when the first of them is asked for."""
+
+    @cache
+    def run(kind: str) -> Path:
+        folder = tmp_path_factory.mktemp(kind)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
+        command = [sys.executable, "-m", "tests.ema_worker", str(folder), kind]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return folder
+
+    return run
+
+
+@pytest.fixture
+def folder(folders: Callable[[str], Path], case: Case) -> Path:
+    return folders("quick" if case in CASES["quick"] else "slow")
 
 
 def results(folder: Path, case: Case) -> list[dict[str, Any]]:
@@ -41,7 +58,7 @@ def results(folder: Path, case: Case) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", ALL, ids=str)
 def test_each_rank_averages_its_part_and_all_is_as_on_one(folder: Path, case: Case) -> None:
     ranks = results(folder, case)
     first, second = ranks
@@ -58,7 +75,7 @@ def test_each_rank_averages_its_part_and_all_is_as_on_one(folder: Path, case: Ca
     assert first["export"] <= 1e-6 and first["dtypes"] == ["torch.float32"] and second["others_are_empty"]
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.strategy.startswith("zero_")], ids=str)
+@pytest.mark.parametrize("case", ZERO, ids=str)
 def test_shards_of_two_ranks_hold_the_whole_average(folder: Path, case: Case) -> None:
     results(folder, case)
     saved = torch.load(folder / f"{case}.averages.pt", weights_only=True)
@@ -70,7 +87,7 @@ def test_shards_of_two_ranks_hold_the_whole_average(folder: Path, case: Case) ->
     assert moments == {"step", "exp_avg", "exp_avg_sq"}
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", ALL, ids=str)
 def test_average_is_exported_as_a_model_of_its_own(folder: Path, case: Case) -> None:
     results(folder, case)
     exported = folder / f"{case}.model"
@@ -83,8 +100,8 @@ def test_average_is_exported_as_a_model_of_its_own(folder: Path, case: Case) -> 
     assert base in tensors and (exported / "ema" / "model_config.json").is_file()
 
 
-def test_checkpoint_of_two_ranks_goes_on_with_one(folder: Path) -> None:
-    case = next(case for case in CASES if case.strategy == "ddp")
+@pytest.mark.parametrize("case", CASES["quick"][:1], ids=str)
+def test_checkpoint_of_two_ranks_goes_on_with_one(folder: Path, case: Case) -> None:
     results(folder, case)
 
     class Start(L.Callback):
