@@ -35,6 +35,7 @@ def test_the_folder_gives_the_model_back(saved):
         "removed_mixins": [],
     }
     assert AutoModel.from_pretrained(folder, attention_dropout=0.5).config.attention_dropout == 0.5
+    assert AutoModel.from_pretrained(folder, overrides={"attention_dropout": 0.5}).config.attention_dropout == 0.5
     assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "model_config.json"]
 
 
@@ -98,6 +99,12 @@ def test_wrong_paths_and_files_say_what_is_there(saved):
     del config["model_class"]
     (folder / "model_config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="names no model_class"):
+        AutoModel.from_pretrained(folder)
+    (folder / "model_config.json").write_text(json.dumps({"model_class": "GPT2Model", "num_layers": "two"}))
+    with pytest.raises(CheckpointError, match="a value is of a wrong type"):
+        AutoModel.from_pretrained(folder)
+    (folder / "model_config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="holds a list, it must be an object"):
         AutoModel.from_pretrained(folder)
     (folder / "model_config.json").write_text("{")
     with pytest.raises(CheckpointError, match="is no JSON"):

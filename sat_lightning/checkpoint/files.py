@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import pickle
+import re
 from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -85,9 +86,13 @@ def read_torch_file(file: Path) -> dict[str, Any]:
                     raise
                 return torch.load(file, map_location="cpu", weights_only=True)  # the format before torch 1.6
         except pickle.UnpicklingError as error:
+            # torch's own advice is to load without this check; nobody should read it in this place.
+            asked = re.search(r"GLOBAL (\S+)", str(error))
+            if asked is None:
+                raise CheckpointError(f"{file} is no file of torch.save. Copy or save it again.") from error
             raise CheckpointError(
-                f"{file}: refused, as it asks for objects beyond tensors, numbers and text, which could run code "
-                f"({str(error).splitlines()[0]}). If you made it yourself, save its state dict alone with torch.save."
+                f"{file}: refused, as it asks for {asked[1]}, which is neither tensor, number nor text, and could run "
+                "code. If you made the file yourself, save the state dict alone with torch.save."
             ) from error
         except (RuntimeError, EOFError, ValueError) as error:
             raise CheckpointError(f"{file} is no whole file of torch.save ({error}). Copy or save it again.") from error

@@ -55,9 +55,11 @@ def from_pretrained(
     home: str | os.PathLike[str] | None = None,
     url: str | None = None,
     offline: bool | None = None,
+    overrides: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> AnyModel:
     """Build the model of a checkpoint, and load its weights; `BaseModel.from_pretrained` describes the arguments."""
+    options = {**(overrides or {}), **options}
     reading = {key: options.pop(key) for key in _READING if key in options}
     tolerance = Tolerance(**{key: options.pop(key) for key in _TOLERANCE if key in options})
     path = locate(name, home=home, url=url, offline=offline)
@@ -135,9 +137,11 @@ def read_blueprint(path: Path, model_class: type[AnyModel] | None = None) -> Blu
     for key, value in fields_.items():  # SAT's rule: such a path is relative to the folder
         if key.endswith("_path") and isinstance(value, str):
             fields_[key] = os.path.join(file.parent, value)
-    return Blueprint(
-        kind, values, model_class, model_class.config_class.from_dict(fields_).replace(model_parallel_size=1)
-    )
+    try:
+        config = model_class.config_class.from_dict(fields_).replace(model_parallel_size=1)
+    except TypeError as error:
+        raise CheckpointError(f"{file}: a value is of a wrong type ({error}). Restore it, or save again.") from error
+    return Blueprint(kind, values, model_class, config)
 
 
 def build_model(plan: Blueprint, what: str) -> AnyModel:

@@ -66,7 +66,7 @@ class Persistent:
 
         Args:
             name: a folder (native, SAT's or Hugging Face's) or file, a known name, `hf://organisation/name`, or a URL.
-            **options: fields of the configuration to change, and:
+            **options: fields of the configuration to change (as a mapping, too: `overrides`), and:
                 build_only: build without reading weights.
                 dtype: of the parameters; "auto" is the file's. Default: torch's.
                 strict, may_miss, may_mismatch, ignore, reinit: what may differ, see `checkpoint.load_checkpoint`.
