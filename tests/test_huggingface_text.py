@@ -7,7 +7,9 @@ from safetensors.torch import load_file
 from sat_lightning import AutoModel
 from sat_lightning.checkpoint.huggingface import RECORD, save_huggingface
 from sat_lightning.checkpoint.keymap import plan_export
-from sat_lightning.models import MixtralModel
+from sat_lightning.errors import ConfigError
+from sat_lightning.models import LLaMAModel, MixtralModel
+from tests.families import FAMILIES
 from tests.hf_parity import check_parity, randomise
 
 transformers = pytest.importorskip("transformers")
@@ -234,3 +236,79 @@ def test_mixtral_through_its_folder(tmp_path, options):
     assert all(torch.equal(written[name], tensor) for name, tensor in read.items())
     again = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "back").eval()
     torch.testing.assert_close(again(input_ids=IDS).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+BORN_HERE = {
+    "gpt2": ("GPT2LMHeadModel", {}),
+    "gptneo": ("GPTNeoForCausalLM", {"has_qkv_bias": False}),
+    "bert": ("BertForMaskedLM", {}),
+    "roberta": ("RobertaForMaskedLM", {}),
+    "dpr-question": ("DPRQuestionEncoder", {}),
+    "dpr-context": ("DPRContextEncoder", {"hidden_act": "gelu"}),
+    "dpr-reader": ("DPRReader", {}),
+    "chatglm4": ("GlmForCausalLM", {"rotary_interleaved": True}),
+    "llama": ("LlamaForCausalLM", {}),
+    "llama-old": ("LlamaForCausalLM", {}),
+    "llama3": ("LlamaForCausalLM", {}),
+    "mistral": ("MistralForCausalLM", {}),
+    "qwen2": ("Qwen2ForCausalLM", {}),
+    "qwen3": ("Qwen3ForCausalLM", {}),
+    "mixtral": ("MixtralForCausalLM", {}),
+    "t5": ("T5ForConditionalGeneration", {}),
+    "t5-gated": ("T5ForConditionalGeneration", {}),
+}
+FIRST = {"dpr-question": "pooler_output", "dpr-context": "pooler_output", "dpr-reader": "start_logits"}
+
+
+@pytest.mark.parametrize("name", BORN_HERE)
+def test_what_was_made_here_is_what_hugging_face_reads(name, tmp_path):
+    architecture, changes = BORN_HERE[name]
+    family = FAMILIES[name]
+    ours = family.build(**changes).eval()
+    model_type = {"mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3"}.get(name)
+    save_huggingface(ours, tmp_path / "model", model_type=model_type)
+    theirs, report = getattr(transformers, architecture).from_pretrained(
+        tmp_path / "model", output_loading_info=True, attn_implementation="eager"
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"], report
+    kw = {"input_ids": IDS} if name == "dpr-reader" else family.inputs(0)  # their reader takes no token types
+    theirs_kw = {
+        {"enc_input_ids": "input_ids", "dec_input_ids": "decoder_input_ids"}.get(k, k): v for k, v in kw.items()
+    }
+    with torch.no_grad():
+        expected = getattr(theirs.eval()(**theirs_kw), FIRST.get(name, "logits"))
+        returned = ours(**kw)
+    got = returned[0][0] if name == "dpr-reader" else returned[1 if "t5" in name else 0]
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    model_class = type(ours) if name.startswith("dpr") else AutoModel
+    again = model_class.from_pretrained(tmp_path / "model")(**kw)
+    back = again[0][0] if name == "dpr-reader" else again[1 if "t5" in name else 0]
+    torch.testing.assert_close(back, got, atol=1e-6, rtol=1e-6)
+
+
+REFUSED = [
+    ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rotary scaling 'dynamic'"),
+    ("llama", {"attention_bias": True}, "attention_bias=True, supported is False"),
+    ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu', supported is 'silu'"),
+    (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["sliding_attention"] * 2},
+        "layer_types",
+    ),
+]
+
+
+@pytest.mark.parametrize(("model_type", "values", "message"), REFUSED)
+def test_options_that_would_change_the_numbers_are_refused(model_type, values, message):
+    key_map = next(key_map for key_map in LLaMAModel.key_maps if key_map.model_type == model_type)
+    with pytest.raises(ConfigError, match=message):
+        key_map.config_from_hf(DECODER | {"model_type": model_type} | values)
+
+
+def test_a_file_that_cannot_say_it_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="A 'llama' file cannot say has_qk_norm=True"):
+        save_huggingface(FAMILIES["qwen3"].build(), tmp_path / "model", model_type="llama")
+    with pytest.raises(ConfigError, match="A 't5' file has a decoder of the encoder's sizes; here {'dec_hidden_size'"):
+        save_huggingface(FAMILIES["t5"].build(dec_hidden_size=32), tmp_path / "model")
+    with pytest.warns(UserWarning, match="Hugging Face has one epsilon for all norms"):
+        save_huggingface(FAMILIES["bert"].build(layernorm_epsilon=1e-3), tmp_path / "model")

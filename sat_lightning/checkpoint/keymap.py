@@ -81,12 +81,11 @@ class Plan:
                     held[name] = tensor
                 if name not in self.tied:
                     yield self.files.get(name, name), tensor
-        for name, other in self.tied.items():
-            if other not in held:
-                continue
-            is_equal = name not in held or torch.equal(held[name], held[other])
-            self.is_untied |= not is_equal
-            if name in self.layout.get("tied", ()) or not is_equal:
+        pairs = {name: other for name, other in self.tied.items() if other in held}
+        # One pair that differs unties all: transformers then fills none from its other half.
+        self.is_untied |= any(n in held and not torch.equal(held[n], held[other]) for n, other in pairs.items())
+        for name, other in pairs.items():
+            if name in self.layout.get("tied", ()) or self.is_untied:
                 yield self.files.get(name, name), held.get(name, held[other]).clone()
         for name, (_, value) in self.buffers.items():
             yield self.files.get(name, name), value
@@ -228,6 +227,8 @@ def plan_export(
     for template, dtype in plan.layout.get("buffers", {}).items():
         value = key_map.buffers[template](config).to(getattr(torch, dtype))
         plan.buffers |= dict.fromkeys(fill_theirs(template, key_map, config), (template, value))
+    filled = {name for group in groups for name in group.theirs}
+    plan.buffers |= {name: (name, make(config)) for name, make in key_map.fills.items() if name not in filled}
     names = [name for group in groups for name in group.theirs] + [*plan.buffers, *plan.tied]
     plan.files = {name: _file_name(name, key_map, plan.layout) for name in names}
     return plan

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from sat_lightning.config import TransformerConfig
 from sat_lightning.mixins import PoolerMixin, TokenTypesMixin
@@ -20,6 +23,7 @@ _SIZES: Fields = {
     "layer_norm_eps": ("layernorm_epsilon", 1e-12),
 }
 BERT_FIELDS: Fields = {**_SIZES, "type_vocab_size": ("num_types", 2)}
+_TANH = ("gelu_new", "gelu_pytorch_tanh")
 _OLD_NORMS = {".LayerNorm.gamma": ".LayerNorm.weight", ".LayerNorm.beta": ".LayerNorm.bias"}
 
 
@@ -58,13 +62,12 @@ def _head_rules(dense: str, norm: str, decoder: str, bias: str) -> tuple[Rule, .
     )
 
 
-def _require_plain(values: Values) -> None:
+def _require_plain(values: Values, activations: tuple[str, ...] = ("gelu",)) -> None:
     require(
         values,
-        hidden_act="gelu",
+        hidden_act=activations,
         is_decoder=False,
         add_cross_attention=False,
-        tie_word_embeddings=True,  # untied files hold two biases of which one is dead
         position_embedding_type=("absolute", None),
     )
 
@@ -75,7 +78,17 @@ def _read_bert(values: Values) -> dict[str, Any]:
     return found | {"head_layernorm_epsilon": found["layernorm_epsilon"]}
 
 
+def _warn_of_the_head(config: Any) -> None:
+    if config.head_layernorm_epsilon != config.layernorm_epsilon:
+        warnings.warn(
+            f"Hugging Face has one epsilon for all norms, {config.layernorm_epsilon}; the head's norm has "
+            f"{config.head_layernorm_epsilon} here. Its logits will differ a little.",
+            stacklevel=2,
+        )
+
+
 def _write_bert(config: Any) -> dict[str, Any]:
+    _warn_of_the_head(config)
     return write_fields(config, BERT_FIELDS) | {"hidden_act": "gelu"}
 
 
@@ -86,6 +99,7 @@ def _read_roberta(values: Values) -> dict[str, Any]:
 
 
 def _write_roberta(config: Any) -> dict[str, Any]:
+    _warn_of_the_head(config)
     return write_fields(config, _SIZES) | {
         "hidden_act": "gelu",
         "pad_token_id": config.pad_token_id,
@@ -100,13 +114,15 @@ def _num_types(config: TransformerConfig) -> int:
 
 
 def _read_dpr(values: Values) -> dict[str, Any]:
-    _require_plain(values)
+    _require_plain(values, ("gelu", *_TANH))
     require(values, projection_dim=0)
-    return read_fields(values, BERT_FIELDS) | {"hidden_act": "gelu"}
+    is_tanh = values.get("hidden_act") in _TANH
+    return read_fields(values, BERT_FIELDS) | {"hidden_act": "gelu_tanh" if is_tanh else "gelu"}
 
 
 def _write_dpr(config: Any) -> dict[str, Any]:
-    return write_fields(config, BERT_FIELDS) | {"hidden_act": config.hidden_act, "projection_dim": 0}
+    activation = "gelu_new" if config.hidden_act == "gelu_tanh" else "gelu"
+    return write_fields(config, BERT_FIELDS) | {"hidden_act": activation, "projection_dim": 0}
 
 
 def _key_map(
@@ -138,20 +154,28 @@ _BERT_HEAD = _head_rules(
     "cls.predictions.decoder",
     "cls.predictions.bias",
 )
-_BERT_TIES = {
-    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
-    "cls.predictions.decoder.bias": "cls.predictions.bias",
+_BERT_TIES: dict[str, Any] = {
+    "tied": {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"},
+    "copies": {"cls.predictions.decoder.bias": "cls.predictions.bias"},
+    "is_tied_by_default": True,
 }
-_ROBERTA_TIES = {
-    "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
-    "lm_head.decoder.bias": "lm_head.bias",
+_ROBERTA_TIES: dict[str, Any] = {
+    "tied": {"lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight"},
+    "copies": {"lm_head.decoder.bias": "lm_head.bias"},
+    "is_tied_by_default": True,
 }
 _WITH_TYPES = {"bert-type": lambda config: TokenTypesMixin(config, _num_types(config))}
+# A model of SAT's has no token types: a row of zeros adds nothing.
+_NO_TYPES = {
+    "roberta.embeddings.token_type_embeddings.weight": lambda config: torch.zeros(
+        _num_types(config), config.hidden_size
+    )
+}
 
 BERT_KEY_MAPS = (
     _key_map(
         "bert", "BertForMaskedLM", "bert.", _read_bert, _write_bert,
-        rules=_BERT_HEAD, tied=_BERT_TIES, is_tied_by_default=True,
+        rules=_BERT_HEAD, **_BERT_TIES,
     ),
     _key_map(
         "bert", "BertModel", "bert.", _read_bert, _write_bert, without=("bert-final",), adds={"pooler": PoolerMixin},
@@ -161,11 +185,11 @@ ROBERTA_KEY_MAPS = (
     _key_map(
         "roberta", "RobertaForMaskedLM", "roberta.", _read_roberta, _write_roberta,
         rules=_head_rules("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder", "lm_head.bias"),
-        tied=_ROBERTA_TIES, is_tied_by_default=True, adds=_WITH_TYPES,
+        **_ROBERTA_TIES, adds=_WITH_TYPES, fills=_NO_TYPES,
     ),
     _key_map(
         "roberta", "RobertaModel", "roberta.", _read_roberta, _write_roberta,
-        without=("bert-final",), adds={"pooler": PoolerMixin, **_WITH_TYPES},
+        without=("bert-final",), adds={"pooler": PoolerMixin, **_WITH_TYPES}, fills=_NO_TYPES,
     ),
 )  # fmt: skip
 QUESTION_KEY_MAPS = (_key_map("dpr", "DPRQuestionEncoder", "question_encoder.bert_model.", _read_dpr, _write_dpr),)

@@ -50,7 +50,8 @@ def config_to_hf(config: Any) -> dict[str, Any]:
     part = (config.rotary_dim or config.hidden_size // config.num_attention_heads // 2) / head_size
     values = write_fields(config, FIELDS) | write_heads(config) | write_rope(config)
     values["rope_parameters"]["partial_rotary_factor"] = part
-    return values | {"hidden_act": "silu", "partial_rotary_factor": part}
+    # Their default padding is a word of the published vocabulary, which another may not have.
+    return values | {"hidden_act": "silu", "partial_rotary_factor": part, "pad_token_id": None}
 
 
 def _halves(config: TransformerConfig) -> tuple[int, int]:

@@ -36,8 +36,9 @@ def read_fields(values: Values, fields: Fields) -> dict[str, Any]:
 
 
 def write_fields(config: TransformerConfig, fields: Fields) -> dict[str, Any]:
-    """Write plain fields of a config.json."""
-    return {theirs: getattr(config, ours) for theirs, (ours, _) in fields.items()}
+    """Write plain fields of a config.json, a default of ours as the number it stands for."""
+    values = {theirs: getattr(config, ours) for theirs, (ours, _) in fields.items()}
+    return values | {theirs: config.inner_size for theirs, (ours, _) in fields.items() if ours == "inner_hidden_size"}
 
 
 def read_heads(values: Values) -> dict[str, Any]:
@@ -83,9 +84,11 @@ def read_rope(values: Values, default_base: float = 10000.0) -> dict[str, Any]:
 def write_rope(config: TransformerConfig) -> dict[str, Any]:
     """Write rotary base and scaling, for transformers before and after 5."""
     rule = dict(config.rope_scaling or {"rope_type": "default"})
+    if rule.get("rope_type") == "llama3":
+        rule = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, **rule}
     return {
         "rope_theta": config.rotary_base,
-        "rope_scaling": config.rope_scaling,
+        "rope_scaling": rule if config.rope_scaling else None,
         "rope_parameters": {"rope_theta": config.rotary_base, **rule},
     }
 

@@ -20,6 +20,7 @@ FIELDS: Fields = {
     "layer_norm_epsilon": ("layernorm_epsilon", 1e-6),
     "relative_attention_num_buckets": ("relative_attention_num_buckets", 32),
 }
+_ALIKE = "hidden_size num_attention_heads inner_hidden_size hidden_size_per_attention_head layernorm_order".split()
 _GATED = ("gated-gelu", "gated-gelu_new")
 
 
@@ -46,6 +47,9 @@ def config_to_hf(config: Any) -> dict[str, Any]:
             f"A 't5' file has one size of heads; here self-attention has {config.head_size} and cross attention "
             f"{config.cross_head_size}. Save it native."
         )
+    given = {f"dec_{name}": getattr(config, f"dec_{name}") for name in _ALIKE}
+    if strange := {name: value for name, value in given.items() if value is not None}:
+        raise ConfigError(f"A 't5' file has a decoder of the encoder's sizes; here {strange}. Save it native.")
     is_scaled = not config.no_share_embeddings
     return write_fields(config, FIELDS) | {
         "num_decoder_layers": config.dec_num_layers or config.num_layers,
