@@ -1,20 +1,21 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ThroughputMonitor
+from lightning.pytorch.callbacks import LearningRateMonitor, ThroughputMonitor
 from lightning.pytorch.loggers import CSVLogger
 from torch.nn import functional as F
 
 from sat_lightning.data import ByteTokenizer
 from sat_lightning.errors import ConfigError
 from sat_lightning.generation import sample_continuation, sample_token
-from sat_lightning.training import CurvePlotter, SampleText, TrainingProgressBar, count_rows, count_tokens
-from sat_lightning.training.callbacks.curves import draw_curves, read_curves
+from sat_lightning.training import CurvePlotter, RunMonitor, SampleText, TrainingProgressBar, count_rows, count_tokens
+from sat_lightning.training.callbacks.curves import _distinct, draw_curves, find_columns, read_curves
 from sat_lightning.training.runs import write_whole
 from tests.training_examples import CountingData, counting_loader, make_model, make_task, make_trainer
 
@@ -92,6 +93,27 @@ def test_curves_without_metrics_or_matplotlib(tmp_path, monkeypatch: pytest.Monk
 
 def test_curves_take_other_formats() -> None:
     assert b"<svg" in draw_curves({"val_loss": ([1.0, 2.0], [3.0, 2.5])}, "svg")
+
+
+def test_rates_and_speed_are_drawn_below_where_they_were_logged(tmp_path) -> None:
+    callbacks = [CurvePlotter(file_name="curves.svg"), RunMonitor(), LearningRateMonitor()]
+    make_trainer(4, logger=csv_logger(tmp_path), callbacks=callbacks, log_every_n_steps=1).fit(
+        make_task(), CountingData()
+    )
+    path = tmp_path / "metrics.csv"
+    names = find_columns(path, ("lr-", "train/device/items_per_sec"))
+    assert "train/device/items_per_sec" in names and any(name.startswith("lr-") for name in names)
+    assert find_columns(tmp_path / "none.csv", ("lr-",)) == ()
+    drawn, alone = ((tmp_path / "curves.svg").read_bytes(), draw_curves(read_curves(path, ("train_loss",)), "svg"))
+    heights = [float(re.search(rb'height="([\d.]+)pt"', picture)[1]) for picture in (drawn, alone)]
+    assert heights == [8 * 72, 5 * 72]
+
+
+def test_rates_that_move_alike_are_one_curve_and_of_many_two_are_drawn() -> None:
+    curves = {f"lr-AdamW/{name}": ([0.0, 1.0], [rate, 0.0]) for name, rate in zip("abcdefg", range(7), strict=True)}
+    assert list(_distinct(curves, "lr-")) == ["lr-AdamW/g", "lr-AdamW/a"]
+    alike = {"lr-AdamW/decay": ([0.0], [1.0]), "lr-AdamW/no_decay": ([0.0], [1.0]), "other": ([0.0], [2.0])}
+    assert list(_distinct(alike, "lr-")) == ["lr-AdamW/decay"]
 
 
 def test_sample_is_printed_and_kept(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
