@@ -15,6 +15,14 @@ Where a row of a file is a sample, it is read by number, and where it cannot be,
     samples = ProcessedRecords(records, Tokenize("bytes", ["prompt", "answer"], learned=["answer"]))
     loader = DataLoader(samples, 8, collate_fn=PadCollate())     # padded; PackedDocuments packs them instead
     stream = ShardStream("s3://bucket/{000..031}.tar")           # samples of remote shards, resumed exactly
+
+`SATDataModule` does all of this from YAML. Samples of their own, packed several to a row or in batches by tokens::
+
+    path: [{path: chat.jsonl, tokens: 0.7}, {path: forum.parquet, tokens: 0.3, process_fn: mine.to_sample}]
+    options:
+      samples: {fields: [prompt, answer], learned: [answer], too_long: truncate}    # pack: true for packed rows
+      bucket_size: 4096                                                             # similar lengths side by side
+      max_tokens: 16384                                                             # of a rank's batch, with padding
 """
 
 # Importing the formats registers them; none of them imports a library of the extra [data] before it is used.
