@@ -120,3 +120,18 @@ def test_a_saved_folder_rebuilds_the_model(name, tmp_path):
     assert type(twin) is type(model)
     with torch.no_grad():
         assert torch.equal(family.run(twin), family.run(model))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_code_gives_equal_numbers_and_gradients(name):
+    """The real code generator, forwards and backwards: a minute for each family."""
+    torch._dynamo.reset()
+    expected = gradients(name, FAMILIES[name].build())
+    model = FAMILIES[name].build()
+    model.compile(fullgraph=True)
+    result, found = gradients(name, model)
+    assert_close(result, expected[0], atol=1e-4, rtol=1e-4)
+    for key, gradient in expected[1].items():
+        assert_close(found[key], gradient, atol=1e-4, rtol=1e-3, msg=lambda m, k=key: f"{k}: {m}")
