@@ -55,7 +55,9 @@ class Noise(L.Callback):
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         shift = 1e-3 * (random.random() + float(np.random.rand()) + float(torch.rand(())))
-        next(pl_module.parameters()).grad.add_(shift)
+        gradient = next(pl_module.parameters()).grad
+        if gradient is not None:  # ZeRO keeps gradients elsewhere
+            gradient.add_(shift)
 
     def on_validation_batch_start(self, *_: Any) -> None:
         random.random(), np.random.rand(), torch.rand(3)
@@ -197,7 +199,10 @@ def train(settings: dict[str, Any]) -> None:
 
 
 def write_result(trainer: L.Trainer, module: L.LightningModule, run: Path) -> None:
-    result: dict[str, Any] = {"weights": module.state_dict(), "optimizer": trainer.optimizers[0].state_dict()["state"]}
+    result: dict[str, Any] = {"weights": {name: value.clone() for name, value in module.state_dict().items()}}
+    if not (settings_of := str(trainer.strategy.__class__.__name__)).endswith("DeepSpeedStrategy"):
+        result["optimizer"] = trainer.optimizers[0].state_dict()["state"]
+    result["strategy"] = settings_of
     result["schedule"] = trainer.lr_scheduler_configs[0].scheduler.state_dict()
     result["draws"] = [torch.rand(3), torch.tensor(random.random()), torch.tensor(np.random.rand())]
     result["counts"] = [trainer.global_step, trainer.current_epoch]

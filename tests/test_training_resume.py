@@ -134,3 +134,16 @@ def test_soak_of_twenty_kills(tmp_path: Path, seed: int) -> None:
     parts, whole = (result(tmp_path / name) for name in ("parts", "whole"))
     assert set(parts.pop("files")) >= set(whole.pop("files"))
     assert_same(parts, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("strategy", ["zero_1", "zero_2", "zero_3"])
+def test_killed_zero_run_equals_the_unbroken_one(tmp_path: Path, strategy: str) -> None:
+    settings = {"strategy": strategy, "validate_every": 3, "saver": {"every_n_train_steps": 2}}
+    kills: list[dict[str, Any]] = [{"kill_at": 5}, {}]
+    codes = run(tmp_path, settings | {"folder": "whole"}, *[settings | {"folder": "parts"} | kill for kill in kills])
+    assert codes == [0, -9, 0], (tmp_path / "parts.txt").read_text()[-3000:]
+    parts, whole = (result(tmp_path / name) for name in ("parts", "whole"))
+    assert set(parts.pop("files")) >= set(whole.pop("files"))
+    assert_same(parts, whole)
