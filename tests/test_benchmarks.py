@@ -113,3 +113,15 @@ def test_overhead(words, tmp_path):
     assert list(table) == OVERHEAD and output.read_text().count("### ") == 1
     assert all(float(step.split()[0]) > 0 for step, *_ in table.values())
     assert table["bare loop"][2] == table["Lightning, minimal"][1] == "0.000 [0.000..0.000]"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_zero_memory_falls_as_theory_says():
+    text = run("zero_memory.py")
+    lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in text.splitlines() if "zero_" in line]
+    assert len(lines) == 8
+    for _, _, *cells in lines:
+        for cell in cells:
+            measured, theory = (float(number) for number in cell.strip(")").split(" ("))
+            assert measured == pytest.approx(theory, rel=0.02)
