@@ -11,13 +11,16 @@ from tempfile import TemporaryDirectory
 
 import lightning as L
 import pytest
+import torch
 from lightning.pytorch.strategies import StrategyRegistry
 
 import sat_lightning.training
 from sat_lightning.errors import ConfigError
 from sat_lightning.training import SATDeepSpeedStrategy, ZeroOptions
 from sat_lightning.training.strategies import STRATEGIES
+from sat_lightning.training.zero_shards import ShardFiles
 from tests.training_examples import counting_loader, make_task, make_trainer
+from tests.zero_cases import Case, run_case
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -135,3 +138,19 @@ def test_precisions_that_are_none_are_refused() -> None:
             fit(strategy, precision=precision)
     with pytest.raises(ConfigError, match="gradient_clip_algorithm is 'value', and ZeRO clips by norm only"):
         fit("zero_1", gradient_clip_val=0.5, gradient_clip_algorithm="value")
+
+
+@pytest.mark.parametrize("strategy", ["zero_2_offload", "zero_3_offload"])
+def test_offloading_changes_no_number_and_is_resumed_bit_for_bit(strategy: str, tmp_path: Path) -> None:
+    """A window of 3, so that gradients add up on the host too."""
+    alone = run_case(Case("zero_2", "32-true", 3), 1, 0)
+    unbroken = run_case(Case(strategy, "32-true", 3), 1, 0, folder=str(tmp_path / "unbroken"))
+    assert unbroken["losses"] == pytest.approx(alone["losses"], rel=2e-5)
+    assert unbroken["norms"] == pytest.approx(alone["norms"], rel=1e-4)
+    saved = tmp_path / "unbroken" / "middle.ckpt"
+    resumed = run_case(Case(strategy, "32-true", 3), 1, 0, folder=str(tmp_path / "resumed"), resume=str(saved))
+    assert resumed["losses"] == unbroken["losses"][-len(resumed["losses"]) :]
+    ends = [ShardFiles(tmp_path / run / "end.ckpt") for run in ("unbroken", "resumed")]
+    assert all(
+        torch.equal(*(end.whole(name, kind) for end in ends)) for name in ends[0].names for kind in ends[0].kinds(name)
+    )

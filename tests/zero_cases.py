@@ -174,7 +174,9 @@ def make_strategy(case: Case) -> Any:
     if not case.strategy.startswith("zero"):
         return case.strategy
     options = ZeroOptions(persistence_threshold=case.persistence_threshold)
-    return SATDeepSpeedStrategy(int(case.strategy[-1]), options=options, consolidates=True)
+    offloads = case.strategy.endswith("offload")
+    arguments = {"offload_optimizer": offloads, "offload_parameters": offloads and case.strategy.startswith("zero_3")}
+    return SATDeepSpeedStrategy(int(case.strategy[5]), **arguments, options=options, consolidates=True)
 
 
 def make_case_trainer(case: Case, num_ranks: int, **arguments: Any) -> L.Trainer:

@@ -80,7 +80,7 @@ def find_fragments(engine: Any) -> list[Fragment]:  # noqa: ANN401
 
 def _find_places(owner: Any) -> dict[nn.Parameter, tuple[Tensor, int, int, int]]:  # noqa: ANN401
     """Return for each parameter: its flat tensor, where in it, where in the parameter, and how many elements."""
-    if hasattr(owner, "grad_position"):  # stage 3
+    if hasattr(owner, "fp32_partitioned_groups_flat"):  # stage 3
         found = {}
         for group in owner.fp16_groups:
             for parameter in group:
@@ -230,7 +230,7 @@ def refresh_weights(owner: Any) -> None:  # noqa: ANN401
     Args:
         owner: the optimizer of a `DeepSpeedEngine`.
     """
-    if hasattr(owner, "grad_position"):
+    if hasattr(owner, "fp32_partitioned_groups_flat"):
         for index in range(len(owner.fp16_groups)):
             owner._reassign_or_swap_out_partitioned_parameters(index)
         if owner.persistent_parameters:
