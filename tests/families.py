@@ -69,12 +69,17 @@ def _pair(seed: int) -> dict[str, Any]:
     return {"enc_input_ids": ids(seed=seed), "dec_input_ids": ids(length=7, seed=seed + 1)}
 
 
+def _image(seed: int) -> dict[str, Any]:
+    return {"image": torch.randn(2, 3, 12, 8, generator=torch.Generator().manual_seed(seed))}
+
+
 def _all_scores(returned: Any) -> Tensor:
     return torch.cat([scores.flatten() for scores in returned[0]])
 
 
 CHAT = {"bos_token_id": 2, "mask_token_id": 4, "gmask_token_id": 1, "pad_token_id": 3}
 CHAT2 = {**MODERN, "use_qkv_bias": True, "num_multi_query_heads": 2}
+IMAGE = {"vocab_size": 2, "image_size": [12, 8], "patch_size": 4}
 SECOND = {"inputs": _pair, "result": lambda returned: returned[1]}
 
 FAMILIES: dict[str, Family] = {
@@ -135,4 +140,6 @@ FAMILIES: dict[str, Family] = {
         },
         **SECOND,
     ),
+    "vit": Family("ViTModel", {**IMAGE, "num_classes": 5}, _image),
+    "deit": Family("ViTModel", {**IMAGE, "num_classes": 5, "pre_len": 2}, _image),
 }

@@ -16,7 +16,9 @@ faults of SAT; `test_parity.py` says what is right there.
 import contextlib
 import dataclasses
 import json
+import math
 import re
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -48,15 +50,39 @@ MIXINS = {
         "shift": user.HeadShift(c.num_attention_heads, c.head_size),
     },
 }
+
+
+def _area(size):
+    return math.prod(map(int, size.split("x")))
+
+
+def interpolate(case):
+    """Load for a larger image, save, and load that for a larger one yet."""
+    model = case.model
+    for size in sorted({key.split("_")[-1] for key in case.tensors if key.startswith("image_")}, key=_area):
+        height, width = map(int, size.split("x"))
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            options = {"image_size": [height, width], "resize_positions": "interpolate"}
+            model = AutoModel.from_pretrained(folder, **options)
+        with torch.no_grad():
+            logits = model(case.tensors["input_ids"], image=case.tensors[f"image_{size}"])[0]
+        case.compare(model.transformer.position_embeddings.weight, f"expected.pos_{size}")
+        case.compare(logits, f"expected.img_{size}.logits")
+
+
 #: Case -> function of the case, which runs what the notes describe and compares.
-PROCEDURES = {}
+PROCEDURES = {"vit_interp": interpolate}
 #: Case -> arguments of from_pretrained that it needs.
 OPTIONS = {}
 #: Cases that are recorded for other tests: generation, adapters, faults.
 ELSEWHERE = re.compile(r"gen_|lora|adapter|ffadd|prefix|bug_|mlphead")
 
 # Fields of a case's `config` that are no part of the architecture, and None for "default": left out.
-_TRAINING = {"hidden_dropout", "attention_dropout", "drop_path", "model_parallel_size", "init_method_std"}
+# SAT writes an epsilon that is not its default into model_config.json, and classes with their own keep it.
+_TRAINING = {
+    "hidden_dropout", "attention_dropout", "drop_path", "model_parallel_size", "init_method_std", "layernorm_epsilon",
+}  # fmt: skip
 
 
 def case_names(pattern=""):

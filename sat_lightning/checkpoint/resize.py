@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from sat_lightning.config import TransformerConfig
+from sat_lightning.errors import CheckpointError
+from sat_lightning.mixins.patch_embedding import ImageConfig, interpolate_positions
 
 VocabularyFill = Literal["mean", "zeros", "initial"]
 PositionFill = Literal["interpolate", "repeat", "initial"]
@@ -25,7 +27,9 @@ class Resize:
             Embeddings for Pretrained Language Models"), "zeros", or what the model was built with, "initial". A smaller
             vocabulary drops the last rows.
         positions: what a longer position table is: the old one stretched ("interpolate", linear), "repeat"ed, or
-            continued with what the model was built with, "initial". A shorter one drops the last rows.
+            continued with what the model was built with, "initial". A shorter one drops the last rows. The table of an
+            image's patches is stretched in both directions, bicubic, to the `image_size` of the model; special tokens
+            keep their rows.
     """
 
     before: TransformerConfig
@@ -36,11 +40,17 @@ class Resize:
     @property
     def needs_initial_values(self) -> bool:
         """Whether rows of the freshly built model are kept."""
+        before, after = self.before, self.after
+        if isinstance(before, ImageConfig) and isinstance(after, ImageConfig):
+            if after.pre_len > before.pre_len or after.post_len > before.post_len:
+                return True
         return "initial" in (self.vocab, self.positions)
 
     def apply(self, name: str, tensor: Tensor, own: Tensor) -> Tensor:
         """Return the tensor in the shape of `own` if a request covers the difference, else as it is."""
         differing = [dim for dim, (a, b) in enumerate(zip(tensor.shape, own.shape, strict=False)) if a != b]
+        if self._is_of_patches(name):
+            return self._interpolate(name, tensor, own)
         if tensor.dim() != own.dim() or differing != [0]:
             return tensor
         sizes = (tensor.shape[0], own.shape[0])
@@ -50,6 +60,28 @@ class Resize:
         if self.positions and is_position:
             return _extend(tensor, own, self.positions)
         return tensor
+
+    def _is_of_patches(self, name: str) -> bool:
+        """Tell whether a tensor numbers the patches of an image, and the two models see other images."""
+        before, after = self.before, self.after
+        if not (isinstance(before, ImageConfig) and isinstance(after, ImageConfig) and name in after.position_tables):
+            return False
+        return _layout(before) != _layout(after)
+
+    def _interpolate(self, name: str, tensor: Tensor, own: Tensor) -> Tensor:
+        """Stretch a table over other patches; a table of as many rows would else be taken for one that fits."""
+        before, after = self.before, self.after
+        assert isinstance(before, ImageConfig) and isinstance(after, ImageConfig)
+        if self.positions != "interpolate":
+            raise CheckpointError(
+                f"'{name}' numbers the patches of images of {before.image_size}, the model reads {after.image_size}. "
+                'Ask for resize_positions="interpolate", which stretches it.'
+            )
+        return interpolate_positions(tensor, own, before, after)
+
+
+def _layout(config: ImageConfig) -> tuple[object, ...]:
+    return config.grid, config.pre_len, config.post_len
 
 
 def _extend(tensor: Tensor, own: Tensor, rule: str) -> Tensor:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from sat_lightning.mixins.local_attention import LocalAttentionMixin
     from sat_lightning.mixins.masked_lm_head import MaskedLMHeadMixin
     from sat_lightning.mixins.past_key_values import PastKeyValuesMixin
+    from sat_lightning.mixins.patch_embedding import ImageConfig, PatchEmbeddingMixin, WholeTableMixin
     from sat_lightning.mixins.pooler import PoolerMixin
     from sat_lightning.mixins.qk_norm import QKNormMixin
     from sat_lightning.mixins.relative_bias import RelativeBiasMixin
@@ -20,16 +21,19 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GatedMLPMixin",
+    "ImageConfig",
     "LMHeadMixin",
     "LocalAttentionMixin",
     "MaskedLMHeadMixin",
     "PastKeyValuesMixin",
+    "PatchEmbeddingMixin",
     "PoolerMixin",
     "QKNormMixin",
     "RelativeBiasMixin",
     "RotaryMixin",
     "TokenTypesMixin",
     "TopKRoutingMixin",
+    "WholeTableMixin",
 ]
 
 # The names of each module.
@@ -39,6 +43,7 @@ _LAZY = {
     "local_attention": "LocalAttentionMixin",
     "masked_lm_head": "MaskedLMHeadMixin",
     "past_key_values": "PastKeyValuesMixin",
+    "patch_embedding": "ImageConfig PatchEmbeddingMixin WholeTableMixin",
     "pooler": "PoolerMixin",
     "qk_norm": "QKNormMixin",
     "relative_bias": "RelativeBiasMixin",

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sat_lightning.models.presets import PRESETS, preset
     from sat_lightning.models.roberta import RobertaModel
     from sat_lightning.models.t5 import T5Model
+    from sat_lightning.models.vit import ViTModel
 
 __all__ = [
     "GLM130B",
@@ -49,6 +50,7 @@ __all__ = [
     "MixtralModel",
     "RobertaModel",
     "T5Model",
+    "ViTModel",
     "preset",
 ]
 
@@ -69,6 +71,7 @@ _LAZY = {
     "presets": "PRESETS preset",
     "roberta": "RobertaModel",
     "t5": "T5Model",
+    "vit": "ViTModel",
 }
 
 
