@@ -230,3 +230,8 @@ def test_warmup_longer_than_the_run_is_said_before_the_first_step() -> None:
     L.Trainer(fast_dev_run=True, accelerator="cpu", enable_progress_bar=False).fit(
         make_task(optim=OptimConfig(warmup_steps=50)), counting_loader()
     )
+
+
+def test_settings_read_from_a_dict_may_be_few() -> None:
+    assert OptimConfig.from_dict({"learning_rate": 0.5}) == OptimConfig(learning_rate=0.5)
+    assert OptimConfig.from_dict({"betas": [0.8, 0.9]}).betas == (0.8, 0.9)

@@ -132,6 +132,29 @@ def test_json_says_what_nobody_else_says() -> None:
     assert told["bf16"] == {"enabled": False} and told["fp16"] == {"enabled": False}
 
 
+class Odd(L.LightningModule):
+    """A stranger's module of five parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 1)
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return self.layer(batch).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), 1e-2)
+
+
+@pytest.mark.parametrize("options", [None, ZeroOptions(allgather_bucket_size=3)])
+def test_an_odd_number_of_parameters_trains(options: ZeroOptions | None, tmp_path: Path) -> None:
+    strategy = "zero_2" if options is None else SATDeepSpeedStrategy(stage=2, options=options)
+    trainer = make_trainer(strategy=strategy, max_steps=2, default_root_dir=tmp_path)
+    trainer.fit(module := Odd(), torch.utils.data.DataLoader(torch.ones(8, 4), batch_size=2))
+    assert trainer.global_step == 2 and module.layer.weight.isfinite().all()
+    assert trainer.strategy.config["zero_optimization"]["allgather_bucket_size"] == (6 if options is None else 4)
+
+
 def test_precisions_that_are_none_are_refused() -> None:
     for strategy, precision in (("zero_2", "16-true"), ("zero_0", "bf16-true"), ("zero_2_offload", "bf16-true")):
         with pytest.raises(ConfigError, match=f"trainer.precision {precision} .* Use .*-mixed"):

@@ -125,9 +125,9 @@ class OptimConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "OptimConfig":
-        """Read what `dataclasses.asdict` wrote; a checkpoint may have turned tuples into lists."""
+        """Read what `dataclasses.asdict` wrote, or some of it; a checkpoint may have turned tuples into lists."""
         rules = tuple(r if isinstance(r, ParameterRule) else ParameterRule(**r) for r in values.get("groups", ()))
-        fields_of_run: dict[str, Any] = {**values, "betas": tuple(values["betas"]), "groups": rules}
+        fields_of_run: dict[str, Any] = {**values, "betas": tuple(values.get("betas", cls.betas)), "groups": rules}
         return cls(**fields_of_run)
 
     @property

@@ -1,6 +1,7 @@
 """What DeepSpeed is told: made from typed options and the Trainer's flags, held against a JSON if one is given."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -120,7 +121,7 @@ def zero_section(stage: int, options: ZeroOptions, offload: tuple[bool, bool], f
     section: dict[str, Any] = {
         "stage": stage,
         "reduce_bucket_size": min(options.reduce_bucket_size, most),
-        "allgather_bucket_size": min(options.allgather_bucket_size, most),
+        "allgather_bucket_size": 2 * math.ceil(min(options.allgather_bucket_size, most) / 2),  # must be even
         "overlap_comm": overlaps,
         "contiguous_gradients": True,
     }
