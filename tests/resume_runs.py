@@ -45,6 +45,7 @@ DEFAULTS: dict[str, Any] = {
     "kill_at": None,  # the number of a batch, in whose training step the process kills itself
     "kill_writing": None,  # the number of a checkpoint, in whose middle the process kills itself
     "signal_at": None,  # [signal, "train" or "val", number of the batch]; rank 1 alone receives it, if there is one
+    "environment": {},
     "ema": False,
     "plain": False,  # a stranger's module and data instead of ours
 }
@@ -167,9 +168,12 @@ class Rows(torch.utils.data.Dataset):
 
 
 def train(settings: dict[str, Any]) -> None:
+    os.environ.update(settings["environment"])
     if settings["kill_writing"] is not None:
         break_writing(settings["kill_writing"])
     run = Path(settings["folder"])
+    run.parent.mkdir(parents=True, exist_ok=True)
+    os.chdir(run.parent)
     module, data, callbacks = make_parts(settings)
     if settings["ema"]:
         callbacks.append(EMA(decay=0.9))

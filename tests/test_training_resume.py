@@ -107,6 +107,27 @@ def test_killed_run_equals_the_unbroken_one(finished: tuple[Path, dict[str, list
         assert killed == [128 + signal.SIGTERM, 128 + signal.SIGTERM, 128 + signal.SIGUSR1]
 
 
+def test_other_number_of_ranks_and_requeueing_by_slurm(tmp_path: Path) -> None:
+    (tmp_path / "scontrol").write_text('#!/bin/sh\necho "$@" > called\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    job = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_NTASKS": "1", "SLURM_JOB_ID": "77", "SLURM_PROCID": "0"}
+    job |= {"SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_NAME": "job", "SLURM_NODELIST": "localhost"}
+    signalled = {"environment": job, "signal_at": [signal.SIGUSR1, "train", 5], "saver": {"every_n_train_steps": 2}}
+    codes = run(
+        tmp_path,
+        {"folder": "ranks", "ranks": 2, "max_steps": 8, "kill_at": 5},
+        {"folder": "ranks", "max_steps": 8},
+        signalled | {"folder": "slurm"},
+    )
+    assert codes[0] and codes[1:] == [0, 128 + signal.SIGUSR1]
+    said = (tmp_path / "ranks.txt").read_text()
+    assert "saved by 2 ranks and 1 resume it. The data goes on where it was" in said
+    assert result(tmp_path / "ranks")["counts"][0] == 8
+    assert (tmp_path / "called").read_text() == "requeue 77\n"
+    saved = torch.load(tmp_path / "hpc_ckpt_1.ckpt", weights_only=True)
+    assert saved["global_step"] == 5 and "exact_resume" in saved
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", range(2))
