@@ -125,6 +125,11 @@ def _write_dpr(config: Any) -> dict[str, Any]:
     return write_fields(config, BERT_FIELDS) | {"hidden_act": activation, "projection_dim": 0}
 
 
+def _make_position_ids(config: TransformerConfig) -> torch.Tensor:
+    """Return what files written before transformers 4.31 carry beside the weights."""
+    return torch.arange(config.max_sequence_length)[None]
+
+
 def _key_map(
     model_type: str,
     architecture: str,
@@ -140,7 +145,7 @@ def _key_map(
         prefix=prefix,
         rules=rules,
         ranges={"after": _norm_after},
-        derived=(),
+        buffers={f"{prefix}embeddings.position_ids": _make_position_ids},
         legacy_suffixes=_OLD_NORMS,
         config_from_hf=read,
         config_to_hf=write,

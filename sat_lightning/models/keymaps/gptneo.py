@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,6 +40,14 @@ def config_to_hf(config: Any) -> dict[str, Any]:
     }
 
 
+def _layers_of(kind: str) -> Callable[[Any], list[int]]:
+    return lambda config: [layer for layer, its in enumerate(config.attention_types) if its == kind]
+
+
+def _make_causal(config: Any) -> torch.Tensor:
+    return torch.ones(1, 1, config.max_sequence_length, config.max_sequence_length, dtype=torch.bool).tril()
+
+
 LAYER, THEIR_LAYER = "transformer.layers.{i}", "transformer.h.{i}"
 KEY_MAPS = (
     KeyMap(
@@ -65,8 +74,11 @@ KEY_MAPS = (
         ),
         tied={"lm_head.weight": "transformer.wte.weight"},
         is_tied_by_default=True,
+        ranges={"wide": _layers_of("global"), "narrow": _layers_of("local")},
         buffers={
             f"{THEIR_LAYER}.attn.attention.masked_bias": lambda config: torch.tensor(-1e9),
+            "transformer.h.{wide}.attn.attention.bias": _make_causal,
+            "transformer.h.{narrow}.attn.attention.bias": lambda c: _make_causal(c).triu(1 - c.window_size),
         },
         config_from_hf=config_from_hf,
         config_to_hf=config_to_hf,
