@@ -80,6 +80,7 @@ def _all_scores(returned: Any) -> Tensor:
 CHAT = {"bos_token_id": 2, "mask_token_id": 4, "gmask_token_id": 1, "pad_token_id": 3}
 CHAT2 = {**MODERN, "use_qkv_bias": True, "num_multi_query_heads": 2}
 IMAGE = {"vocab_size": 2, "image_size": [12, 8], "patch_size": 4}
+TWO_IMAGES = {"layout": [1, 5, 9], "new_sequence_length": 29, "kernel_size": 2, "kernel_size2": 1}
 SECOND = {"inputs": _pair, "result": lambda returned: returned[1]}
 
 FAMILIES: dict[str, Family] = {
@@ -127,6 +128,7 @@ FAMILIES: dict[str, Family] = {
         {**MODERN, "is_gated_mlp": True, "num_experts": 4, "num_experts_per_tok": 2, "num_multi_query_heads": 2},
         is_causal=True,
     ),
+    "cuda2d": Family("Cuda2dModel", {**TWO_IMAGES, "layernorm_order": "sandwich"}, is_causal=True),
     "encoder-decoder": Family("EncoderDecoderModel", {"dec_num_layers": 1}, **SECOND),
     "t5": Family("T5Model", {"relative_attention_num_buckets": 8, "inner_hidden_size": 40}, **SECOND),
     "t5-gated": Family(

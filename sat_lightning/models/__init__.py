@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sat_lightning.models.bert import BertModel
     from sat_lightning.models.chatglm import ChatGLMModel
     from sat_lightning.models.chatglm2 import ChatGLM2Model, ChatGLM3Model, ChatGLM4Model
+    from sat_lightning.models.cuda2d import Cuda2dModel
     from sat_lightning.models.distill import DistillModel
     from sat_lightning.models.dpr import DPRContextEncoder, DPRQuestionEncoder, DPRReader
     from sat_lightning.models.encoder_decoder import EncoderDecoderModel
@@ -38,6 +39,7 @@ __all__ = [
     "ChatGLM3Model",
     "ChatGLM4Model",
     "ChatGLMModel",
+    "Cuda2dModel",
     "DPRContextEncoder",
     "DPRQuestionEncoder",
     "DPRReader",
@@ -59,6 +61,7 @@ _LAZY = {
     "bert": "BertModel",
     "chatglm": "ChatGLMModel",
     "chatglm2": "ChatGLM2Model ChatGLM3Model ChatGLM4Model",
+    "cuda2d": "Cuda2dModel",
     "distill": "DistillModel",
     "dpr": "DPRContextEncoder DPRQuestionEncoder DPRReader",
     "encoder_decoder": "EncoderDecoderModel",
