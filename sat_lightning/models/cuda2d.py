@@ -14,6 +14,7 @@ k rows of a window, n keys that a row of the large image reads.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import isqrt
 from typing import Any, ClassVar
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import ConfigError, InputError
-from sat_lightning.hooks import HookTable
+from sat_lightning.hooks import non_conflict, passes_mask
 from sat_lightning.model import BaseMixin, BaseModel, register_model
 from sat_lightning.nn import Transformer
 from sat_lightning.nn.attention import dropout_of, merge_heads, split_heads
@@ -54,8 +55,9 @@ class Cuda2dConfig(TransformerConfig):
 
     def __post_init__(self) -> None:
         """Refuse what cannot be laid out."""
-        if isinstance(self.layout, str):
-            object.__setattr__(self, "layout", [int(end) for end in self.layout.split(",")])
+        layout: Any = self.layout
+        if isinstance(layout, str):
+            object.__setattr__(self, "layout", [int(end) for end in layout.split(",")])
         super().__post_init__()
         sizes = [self.layout[0], *(end - start for start, end in zip(self.layout, self.layout[1:], strict=False))]
         if len(sizes) != 3 or sizes[0] < 0 or any(size <= 0 or isqrt(size) ** 2 != size for size in sizes[1:]):
@@ -128,52 +130,55 @@ class TwoImagesMixin(BaseMixin):
             self.query_key_value[layer_id].load_state_dict(attention.query_key_value.state_dict())
             self.dense[layer_id].load_state_dict(attention.dense.state_dict())
 
-    def attention_forward(self, hidden_states: Tensor, mask: Tensor, *, hooks: HookTable, **kw: Any) -> Tensor:
+    @non_conflict
+    def attention_forward(
+        self, hidden_states: Tensor, mask: Tensor, *, old_impl: Callable[..., Tensor], **kw: Any
+    ) -> Tensor:
         """Attend in both parts: `[b, s0 + s1, c]` to the same."""
-        layer_id, attention = kw["layer_id"], self.transformer.layers[kw["layer_id"]].attention
-        split = self.layout[1]
+        first, second = hidden_states.split([self.layout[1], self.layout[2] - self.layout[1]], dim=1)
+        mask, known = _cut_masks(mask, self.layout[1], kw)
+        heads: list[Tensor] = []
+        output = old_impl(first, mask, first_part_heads=heads, **(kw | known))
+        return torch.cat([output, self._attend_to_windows(second, *heads, **kw)], dim=1)
 
-        def heads(mixed: Tensor) -> list[Tensor]:
-            return [
-                split_heads(x, attention.hidden_size_per_attention_head) for x in split_last(mixed, attention.sizes)
-            ]
+    @non_conflict
+    @passes_mask
+    def attention_fn(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *args: Any,
+        old_impl: Callable[..., Tensor],
+        first_part_heads: list[Tensor],
+        **kw: Any,
+    ) -> Tensor:
+        """Attend in the first part, and keep its keys and values for the second."""
+        first_part_heads += [key, value]
+        return old_impl(query, key, value, *args, **kw)
 
-        kw["hooks"] = hooks
-        first, second = hidden_states[:, :split], hidden_states[:, split:]
-        query0, key0, value0 = heads(run_linear(attention.query_key_value, "query_key_value", first, **kw))
-        linear = self.query_key_value[layer_id]
-        query1, key1, value1 = heads(run_linear(linear, "query_key_value_plus", second, **kw))
-        mask, known = _cut_masks(mask, split, kw)
-        context0 = hooks.attention_fn(query0, key0, value0, mask, dropout_of(attention), **(kw | known))
-        bands = kw.get("image_bands") or self._make_bands(query1)
+    def _attend_to_windows(self, hidden_states: Tensor, near_key: Tensor, near_value: Tensor, **kw: Any) -> Tensor:
+        """Attend in the large image, `[b, s1, c]`; keys and values of the first part are `[b, h, s0, d]`."""
+        layer_id, layers = kw["layer_id"], self.transformer.layers
+        attention: Any = layers[layer_id].attention
+        mixed = run_linear(self.query_key_value[layer_id], "query_key_value_plus", hidden_states, **kw)
+        size = attention.hidden_size_per_attention_head
+        query, key, value = (split_heads(x, size) for x in split_last(mixed, attention.sizes))
+        bands = kw.get("image_bands") or self._make_bands(query)
         kw["output_cross_layer"]["image_bands"] = bands
-        small = slice(self.layout[0], split)
-        pair = [self._join(near[:, :, small], far, bands) for near, far in ((key0, key1), (value0, value1))]
-        context1 = self._attend(query1, *pair, bands[2], dropout_of(attention))
-        output0 = run_linear(attention.dense, "dense", merge_heads(context0), **kw)
-        output1 = run_linear(self.dense[layer_id], "dense_plus", merge_heads(context1), **kw)
-        return attention.output_dropout(torch.cat([output0, output1], dim=1))
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: Any) -> Tensor:
-        """Attend within bands: query `[b, h, s1, d]`, keys and values `[l1, b * h, n, d]`."""
-        batch_size, _, _, head_size = query.shape
-        rows = query.unflatten(2, (self.sides[1], -1)).flatten(0, 1).transpose(0, 1)  # [l1, b * h, l1, d]
-        mask = mask.to(query.dtype)
-        backend = self.transformer.config.attention_backend
+        small, mask = slice(*self.layout[:2]), bands[2].to(query.dtype)
         context = attention_fn_default(
-            rows,
-            key,
-            value,
+            query.unflatten(2, (self.sides[1], -1)).flatten(0, 1).transpose(0, 1),  # [l1, b * h, l1, d]
+            self._join(near_key[:, :, small], key, bands),
+            self._join(near_value[:, :, small], value, bands),
             mask,
-            dropout,
+            dropout_of(attention),
             binary_masks=(mask,),
-            attention_backend="eager" if backend == "eager" else "sdpa",
+            attention_backend="eager" if self.transformer.config.attention_backend == "eager" else "sdpa",
         )
-        return (
-            context.transpose(0, 1)
-            .unflatten(0, (batch_size, -1))
-            .reshape(batch_size, -1, self.sides[1] ** 2, head_size)
-        )
+        context = context.transpose(0, 1).flatten(1, 2).unflatten(0, (len(query), -1))  # [b, h, s1, d]
+        output = run_linear(self.dense[layer_id], "dense_plus", merge_heads(context), **kw)
+        return attention.output_dropout(output)
 
     def _join(self, small: Tensor, large: Tensor, bands: Bands) -> Tensor:
         """Gather the rows of every band: `[b, h, l0 * l0, d]` and `[b, h, l1 * l1, d]` to `[l1, b * h, n, d]`."""
