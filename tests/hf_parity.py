@@ -8,13 +8,19 @@ What is compared: names, shapes, dtypes and bytes of theirs -> ours -> theirs; o
 outputs in bfloat16.
 """
 
+import copy
 import json
+from functools import partial
 
 import torch
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from sat_lightning.checkpoint.huggingface import find_key_map, import_config
+from sat_lightning import AutoModel
+from sat_lightning.checkpoint.huggingface import find_key_map, import_config, save_huggingface
 from sat_lightning.checkpoint.keymap import plan_export, plan_import
+
+OURS = "sat_lightning"
 
 
 def randomise(model, std=0.05):
@@ -108,3 +114,63 @@ def check_gradients(theirs, ours, key_map, layout, expected, got, is_tied, atol)
 
 def _to_bf16(kwargs):
     return {k: v.bfloat16() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in kwargs.items()}
+
+
+def check_folder_parity(theirs, folder, kwargs, pick, **options):
+    """Compare as `check_parity` does, through folders: for models whose names in memory are not those of the file.
+
+    Args:
+        theirs: the model; its weights are drawn anew here.
+        folder: an empty folder.
+        kwargs: of its call.
+        pick: output -> tensor of theirs.
+        **options: `our_kwargs`, `our_pick` and tolerances as in `check_parity`; `std` of the weights (0.05).
+
+    Returns:
+        Our model.
+    """
+    torch.manual_seed(0)
+    randomise(theirs, options.get("std", 0.05))
+    theirs.eval().save_pretrained(folder / "theirs")
+    ours = AutoModel.from_pretrained(folder / "theirs")
+    save_huggingface(ours, folder / "back")
+    check_same_files(folder / "theirs", folder / "back")
+    our_kwargs, our_pick = options.get("our_kwargs", kwargs), options.get("our_pick", lambda out: out[0])
+    expected, got = pick(theirs(**kwargs)), our_pick(ours(**our_kwargs))
+    assert_close(got, expected, atol=options.get("atol", 1e-5), rtol=1e-5)
+    again = type(theirs).from_pretrained(folder / "back").eval()
+    assert_close(pick(again(**kwargs)), expected)
+    check_folder_gradients(theirs, ours, folder, expected, got, options.get("grad_atol", 1e-4))
+    if (bf16_atol := options.get("bf16_atol", 6e-2)) is not None:
+        with torch.no_grad():
+            expected = pick(theirs.to(torch.bfloat16)(**_to_bf16(kwargs)))
+            got = our_pick(ours.to(torch.bfloat16)(**_to_bf16(our_kwargs)))
+        assert_close(got.float(), expected.float(), atol=bf16_atol, rtol=bf16_atol)
+        ours.float()
+    return ours
+
+
+def check_same_files(one, other):
+    first, second = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert first.keys() == second.keys(), first.keys() ^ second.keys()
+    for name, tensor in first.items():
+        assert second[name].dtype == tensor.dtype and torch.equal(second[name], tensor), name
+
+
+def check_folder_gradients(theirs, ours, folder, expected, got, atol):
+    """Compare gradients by the names of files: both models write them as if they were weights."""
+    direction = torch.randn_like(expected)
+    (expected * direction).mean().backward()
+    (got * direction).mean().backward()
+    for model, save in ((theirs, lambda m: m.save_pretrained), (ours, lambda m: partial(save_huggingface, m))):
+        twin = copy.deepcopy(model)
+        for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
+            is_frozen = parameter.grad is None and not parameter.requires_grad
+            missing = torch.full_like(parameter, float("nan")) if is_frozen else torch.zeros_like(parameter)
+            other.data = missing if parameter.grad is None else parameter.grad
+        save(twin)(folder / f"gradients-{type(model).__module__.partition('.')[0]}")
+    wanted, found = (load_file(folder / f"gradients-{name}" / "model.safetensors") for name in ("transformers", OURS))
+    for name, gradient in wanted.items():
+        if not gradient.isnan().all():
+            assert_close(found[name], gradient, atol=atol, rtol=1e-3, msg=lambda m, n=name: f"gradient of {n}: {m}")
+    theirs.zero_grad(), ours.zero_grad()

@@ -57,8 +57,8 @@ def test_what_does_not_fit_is_refused(vit):
         vit(image=IMAGE.transpose(2, 3))
     with pytest.raises(InputError, match="input_ids has 1 special tokens, the model 2 before and 0 after"):
         vit(torch.tensor([[0]]), image=IMAGE)
-    with pytest.raises(ConfigError, match=r"image_size is \[12, 8\]: .* multiples of patch_size 5"):
-        vit.config.replace(patch_size=5)
+    with pytest.raises(ConfigError, match=r"image_size is \[12, 8\], .* at least patch_size 9"):
+        vit.config.replace(patch_size=9)
     with pytest.raises(ConfigError, match=r"vocab_size is 2, pre_len \+ post_len is 2 \+ 1"):
         vit.config.replace(post_len=1)
 
@@ -67,6 +67,7 @@ def test_sizes_follow_from_the_image(vit):
     assert vit.config.max_sequence_length == 2 + 6
     assert vit.config.replace(image_size=16).image_size == [16, 16]
     assert vit.config.replace(image_size=16).max_sequence_length == 2 + 16
+    assert vit.config.replace(image_size=[13, 15]).max_sequence_length == 2 + 9  # whole patches only
 
 
 def test_another_image_size_is_an_explicit_request(vit, tmp_path):

@@ -38,6 +38,11 @@ PUBLISHED = {
     "chatglm-6b": (6_173_286_400, 130528 * 4096),
     "chatglm2-6b": (6_243_584_000, 0),
     "glm-4-9b": (9_399_951_360, 0),
+    "vit-base-patch16-224": (86_567_656, 0),
+    "vit-base-patch16-384": (86_859_496, 0),
+    "vit-large-patch16-224": (304_326_632, 0),
+    "deit-tiny-distilled-patch16-224": (5_910_800, -1000 * 193),  # the second head is a mixin of its own
+    "deit-base-distilled-patch16-224": (87_338_192, -1000 * 769),
 }
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sat_lightning.checkpoint.report import matches
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import CheckpointError
 from sat_lightning.mixins.patch_embedding import ImageConfig, interpolate_positions
@@ -64,9 +65,9 @@ class Resize:
     def _is_of_patches(self, name: str) -> bool:
         """Tell whether a tensor numbers the patches of an image, and the two models see other images."""
         before, after = self.before, self.after
-        if not (isinstance(before, ImageConfig) and isinstance(after, ImageConfig) and name in after.position_tables):
+        if not (isinstance(before, ImageConfig) and isinstance(after, ImageConfig)):
             return False
-        return _layout(before) != _layout(after)
+        return matches(name, after.position_tables) and _layout(before) != _layout(after)
 
     def _interpolate(self, name: str, tensor: Tensor, own: Tensor) -> Tensor:
         """Stretch a table over other patches; a table of as many rows would else be taken for one that fits."""

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sat_lightning.mixins.distilled_classifier import DistilledClassifierMixin
     from sat_lightning.mixins.gated_mlp import GatedMLPMixin
     from sat_lightning.mixins.lm_head import LMHeadMixin
     from sat_lightning.mixins.local_attention import LocalAttentionMixin
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from sat_lightning.mixins.token_types import TokenTypesMixin
 
 __all__ = [
+    "DistilledClassifierMixin",
     "GatedMLPMixin",
     "ImageConfig",
     "LMHeadMixin",
@@ -38,6 +40,7 @@ __all__ = [
 
 # The names of each module.
 _LAZY = {
+    "distilled_classifier": "DistilledClassifierMixin",
     "gated_mlp": "GatedMLPMixin",
     "lm_head": "LMHeadMixin",
     "local_attention": "LocalAttentionMixin",

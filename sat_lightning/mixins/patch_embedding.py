@@ -28,16 +28,16 @@ class ImageConfig(TransformerConfig):
     """Options of a transformer that reads images; `max_sequence_length` follows from them.
 
     Raises:
-        ConfigError: if the patches do not fill the image, or the special tokens have no words.
+        ConfigError: if an image has no patch, or the special tokens have no words.
     """
 
-    #: Names of the tables of the state dict whose rows are [pre | patches | post].
+    #: Names, with `*`, of the tables of the state dict whose rows are [pre | patches | post].
     position_tables: ClassVar[tuple[str, ...]] = ("transformer.position_embeddings.weight",)
 
     vocab_size: int = 1
     """Rows of the word embedding table: at least `pre_len` + `post_len`."""
     image_size: list[int] = field(default_factory=lambda: [224, 224])
-    """Height and width in pixels; one number is a square."""
+    """Height and width in pixels; one number is a square. What is left beside whole patches is not seen."""
     patch_size: int = 16
     """Side of a patch in pixels."""
     in_channels: int = 3
@@ -52,9 +52,9 @@ class ImageConfig(TransformerConfig):
         given: Any = self.image_size
         size = [given] if isinstance(given, int) else list(given)
         object.__setattr__(self, "image_size", size * 2 if len(size) == 1 else size)
-        if len(self.image_size) != 2 or any(side < self.patch_size or side % self.patch_size for side in size):
+        if len(self.image_size) != 2 or min(size) < self.patch_size:
             raise ConfigError(
-                f"image_size is {self.image_size}: height and width must be multiples of patch_size {self.patch_size}."
+                f"image_size is {self.image_size}, it must be [height, width] of at least patch_size {self.patch_size}."
             )
         object.__setattr__(self, "max_sequence_length", self.pre_len + self.num_patches + self.post_len)
         super().__post_init__()
@@ -127,8 +127,12 @@ class WholeTableMixin(BaseMixin):
 
     def position_embedding_forward(self, position_ids: Tensor | None, **kw: Any) -> Tensor:
         """Return `[1, s, c]`."""
-        table: Any = self.transformer.position_embeddings
-        return table(torch.arange(table.num_embeddings, device=table.weight.device))[None]
+        return whole(self.transformer.position_embeddings)
+
+
+def whole(table: Any) -> Tensor:
+    """Look up all rows of a table, `[1, s, c]`: by a call, so that who has split the table is asked."""
+    return table(torch.arange(table.num_embeddings, device=table.weight.device))[None]
 
 
 def interpolate_positions(table: Tensor, own: Tensor, before: ImageConfig, after: ImageConfig) -> Tensor:
@@ -148,8 +152,5 @@ def interpolate_positions(table: Tensor, own: Tensor, before: ImageConfig, after
     image = patches.float().T.reshape(1, -1, *before.grid)
     image = F.interpolate(image, size=after.grid, mode="bicubic", align_corners=False)
     rows = image.reshape(-1, after.num_patches).T.to(table.dtype)
-    begin, end = (
-        [pre[: after.pre_len], own_pre[before.pre_len :]],
-        [post[: after.post_len], own_post[before.post_len :]],
-    )
-    return torch.cat([*begin, rows, *end])
+    begin = [pre[: after.pre_len], own_pre[before.pre_len :]]
+    return torch.cat([*begin, rows, post[: after.post_len], own_post[before.post_len :]])

@@ -29,10 +29,12 @@ if TYPE_CHECKING:
     from sat_lightning.models.roberta import RobertaModel
     from sat_lightning.models.t5 import T5Model
     from sat_lightning.models.vit import ViTModel
+    from sat_lightning.models.yolos import YOLOS
 
 __all__ = [
     "GLM130B",
     "PRESETS",
+    "YOLOS",
     "BaseModel",
     "BertModel",
     "ChatGLM2Model",
@@ -75,6 +77,7 @@ _LAZY = {
     "roberta": "RobertaModel",
     "t5": "T5Model",
     "vit": "ViTModel",
+    "yolos": "YOLOS",
 }
 
 

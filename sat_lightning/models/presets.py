@@ -49,6 +49,8 @@ _QWEN3: Options = {
     "hidden_size_per_attention_head": 128,
     "rotary_dim": 128,
 }
+_VIT: Options = {"image_size": [224, 224], "patch_size": 16, "layernorm_epsilon": 1e-12}
+_YOLOS: Options = {**_VIT, "num_det_tokens": 100, "num_det_classes": 92}
 _T5: Options = {"vocab_size": 32128, "relative_attention_num_buckets": 32}
 _CHATGLM2: Options = {
     "use_bias": False,
@@ -155,6 +157,16 @@ PRESETS: dict[str, tuple[str, Options]] = {
         },
     ),
     "glm-130b": ("GLM130B", _sizes(70, 12288, 96, vocab_size=150528, max_sequence_length=2048)),
+    "vit-base-patch16-224": ("ViTModel", {**_VIT, **_sizes(12, 768, 12)}),
+    "vit-base-patch16-384": ("ViTModel", {**_VIT, **_sizes(12, 768, 12), "image_size": [384, 384]}),
+    "vit-large-patch16-224": ("ViTModel", {**_VIT, **_sizes(24, 1024, 16)}),
+    "deit-tiny-distilled-patch16-224": ("ViTModel", {**_VIT, **_sizes(12, 192, 3, vocab_size=2), "pre_len": 2}),
+    "deit-base-distilled-patch16-224": ("ViTModel", {**_VIT, **_sizes(12, 768, 12, vocab_size=2), "pre_len": 2}),
+    "yolos-tiny": ("YOLOS", {**_YOLOS, **_sizes(12, 192, 3), "image_size": [800, 1333]}),
+    "yolos-small": (
+        "YOLOS",
+        {**_YOLOS, **_sizes(12, 384, 6), "image_size": [512, 864], "has_mid_positions": True},
+    ),
 }
 
 

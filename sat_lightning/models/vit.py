@@ -22,6 +22,7 @@ from sat_lightning.errors import InputError
 from sat_lightning.mixins.patch_embedding import ImageConfig, PatchEmbeddingMixin, WholeTableMixin
 from sat_lightning.model import BaseMixin, BaseModel, register_model
 from sat_lightning.model.base import OMITTED
+from sat_lightning.models.keymaps.vit import VIT_KEY_MAPS
 from sat_lightning.nn import Transformer
 from sat_lightning.nn.linear import Linear, normal_init
 from sat_lightning.nn.masks import MaskLike
@@ -112,6 +113,7 @@ class ViTModel(ImageModel):
     """
 
     config_class: ClassVar[type[TransformerConfig]] = ViTConfig
+    key_maps = VIT_KEY_MAPS
     config: ViTConfig
 
     def __init__(self, config: ViTConfig, transformer: Transformer | None = None, **kwargs: Any) -> None:

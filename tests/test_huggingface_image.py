@@ -1,0 +1,97 @@
+"""The image families equal Hugging Face's on random weights, and come back byte for byte."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from sat_lightning import AutoModel
+from sat_lightning.checkpoint.huggingface import save_huggingface
+from sat_lightning.errors import ConfigError
+from sat_lightning.models import ViTModel
+from tests.families import FAMILIES
+from tests.hf_parity import check_folder_parity, check_same_files, randomise
+
+transformers = pytest.importorskip("transformers")
+
+SIZES = {
+    "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 36, "patch_size": 4,
+    "image_size": [12, 8], "num_channels": 2, "attn_implementation": "eager",
+}  # fmt: skip
+IMAGE = torch.randn(2, 2, 12, 8, generator=torch.Generator().manual_seed(0))
+THEIRS, OURS = {"pixel_values": IMAGE}, {"image": IMAGE}
+
+
+def logits(out):
+    return out.logits
+
+
+VIT = {
+    "ViTForImageClassification": ("ViTConfig", {"num_labels": 5}, logits),
+    "ViTForImageClassification of two classes": ("ViTConfig", {"image_size": 8, "layer_norm_eps": 1e-5}, logits),
+    "ViTModel": ("ViTConfig", {}, lambda out: out.last_hidden_state),
+    "DeiTForImageClassification": ("DeiTConfig", {"num_labels": 3}, logits),
+    "DeiTForImageClassificationWithTeacher": ("DeiTConfig", {"num_labels": 3}, logits),
+    "DeiTModel": ("DeiTConfig", {}, lambda out: out.last_hidden_state),
+}
+
+
+@pytest.mark.parametrize("name", VIT)
+def test_vit_and_deit(name, tmp_path):
+    config_name, options, pick = VIT[name]
+    config = getattr(transformers, config_name)(**(SIZES | options))
+    theirs = getattr(transformers, name.split()[0])(config)
+    image = IMAGE[:, :, :8] if config.image_size == 8 else IMAGE
+    ours = check_folder_parity(theirs, tmp_path, {"pixel_values": image}, pick, our_kwargs={"image": image})
+    if name.endswith("Model"):
+        with torch.no_grad():
+            pooled = ours.get_mixin("pooler")(ours(image=image)[0])
+            assert_close(pooled, theirs.float()(image).pooler_output, atol=1e-5, rtol=1e-5)
+
+
+def test_another_image_size_is_what_hugging_face_makes_of_it(tmp_path):
+    # Theirs stretches the table in every call, and takes the one it was trained with for a square.
+    theirs = transformers.ViTForImageClassification(transformers.ViTConfig(**(SIZES | {"image_size": 8}))).eval()
+    randomise(theirs, std=0.3)
+    theirs.save_pretrained(tmp_path)
+    ours = AutoModel.from_pretrained(tmp_path, image_size=[20, 16], resize_positions="interpolate")
+    image = torch.randn(2, 2, 20, 16)
+    with torch.no_grad():
+        expected = theirs(image, interpolate_pos_encoding=True).logits
+        assert_close(ours(image=image)[0], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("has_mid_positions", [True, False])
+def test_yolos(has_mid_positions, tmp_path):
+    config = transformers.YolosConfig(
+        **SIZES, num_detection_tokens=3, num_labels=5, use_mid_position_embeddings=has_mid_positions
+    )
+    theirs = transformers.YolosForObjectDetection(config)
+    check_folder_parity(
+        theirs,
+        tmp_path,
+        THEIRS,
+        lambda out: torch.cat([out.logits, out.pred_boxes], dim=-1),
+        our_kwargs=OURS,
+        our_pick=lambda out: torch.cat([out[0]["pred_logits"], out[0]["pred_boxes"]], dim=-1),
+    )
+
+
+@pytest.mark.parametrize("name", ["vit", "deit", "yolos", "yolos-mid"])
+def test_models_built_here_are_written_and_read(name, tmp_path):
+    changes = {"vocab_size": 1} if name == "vit" else {"vocab_size": 4} if name.startswith("yolos") else {}
+    ours = FAMILIES[name].build(**changes).eval()
+    model_type = name.removesuffix("-mid")
+    save_huggingface(ours, tmp_path / "one", model_type=model_type)
+    theirs = transformers.AutoModel.from_pretrained(tmp_path / "one")  # its config is theirs, too
+    assert theirs.config.model_type == model_type
+    again = AutoModel.from_pretrained(tmp_path / "one")
+    with torch.no_grad():
+        assert torch.equal(FAMILIES[name].run(again), FAMILIES[name].run(ours))
+    save_huggingface(again, tmp_path / "two")
+    check_same_files(tmp_path / "one", tmp_path / "two")
+
+
+def test_special_tokens_without_a_place_are_refused(tmp_path):
+    ours = ViTModel(FAMILIES["vit"].build().config.replace(post_len=1))
+    with pytest.raises(ConfigError, match="1 tokens before the patches, 0 after .* here there are 1, 1 and 2. Save it"):
+        save_huggingface(ours, tmp_path)
