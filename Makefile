@@ -35,7 +35,8 @@ format: $(DEV) ## Rewrite the sources in the house format
 bench: $(DEV) ## Time one training step against its peers; for example ARGS="--device cuda --dtype bf16"
 	$(IN_VENV) benchmarks/train_step.py $(ARGS)
 
-matrix: $(DEV) ## Run the tests and rewrite the README's support matrix from their results
+matrix: $(DEV) ## Run the tests and rewrite the README's tables from their results
+	OMP_NUM_THREADS=1 $(IN_VENV) -m tests.family_table
 	OMP_NUM_THREADS=1 $(IN_VENV) -m pytest -n $(JOBS) -q --junitxml=.pytest_cache/results.xml || true
 	$(IN_VENV) -m tests.support_matrix .pytest_cache/results.xml
 
