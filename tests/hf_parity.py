@@ -146,7 +146,7 @@ def check_folder_parity(theirs, folder, kwargs, pick, **options):
     check_same_files(folder / "theirs", folder / "back")
     our_kwargs, our_pick = options.get("our_kwargs", kwargs), options.get("our_pick", lambda out: out[0])
     expected, got = pick(theirs(**kwargs)), our_pick(ours(**our_kwargs))
-    assert_close(got, expected, atol=options.get("atol", 1e-5), rtol=1e-5)
+    check_outputs(theirs, ours, expected, got, options.get("atol", 1e-5))
     again = type(theirs).from_pretrained(folder / "back").eval()
     assert_close(pick(again(**kwargs)), expected)
     check_folder_gradients(theirs, ours, folder, expected, got, options.get("grad_atol", 1e-4))
