@@ -77,6 +77,12 @@ def _found(returned: Any) -> Tensor:
     return torch.cat([returned[0]["pred_logits"], returned[0]["pred_boxes"]], dim=-1)
 
 
+def _masked_image(seed: int) -> dict[str, Any]:
+    """Three of six patches of each image are masked."""
+    order = torch.rand(2, 6, generator=torch.Generator().manual_seed(seed)).argsort(-1)
+    return {**_image(seed), "bool_masked_pos": order < 3, "num_masked_pos": 6}
+
+
 def _all_scores(returned: Any) -> Tensor:
     return torch.cat([scores.flatten() for scores in returned[0]])
 
@@ -151,4 +157,6 @@ FAMILIES: dict[str, Family] = {
     "deit": Family("ViTModel", {**IMAGE, "num_classes": 5, "pre_len": 2}, _image),
     "yolos": Family("YOLOS", {**IMAGE, **YOLOS}, _image, _found),
     "yolos-mid": Family("YOLOS", {**IMAGE, **YOLOS, "has_mid_positions": True}, _image, _found),
+    "eva2": Family("EVA2Model", {**IMAGE, "vocab_size": 1, "predict_feature_dim": 7}, _masked_image),
+    "eva2clip": Family("EVA2CLIPModel", {**IMAGE, "use_final_layernorm": False}, _image),
 }

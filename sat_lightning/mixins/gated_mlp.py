@@ -39,6 +39,11 @@ class GatedMLPMixin(BaseMixin):
 
         def activate(x: Tensor, inner: Tensor) -> Tensor:
             gate = run_linear(linear, self.name, x, layer_id=layer_id, **kw)
-            return mlp.activation_func(gate) * inner if self.activates_gate else mlp.activation_func(inner) * gate
+            inner = mlp.activation_func(gate) * inner if self.activates_gate else mlp.activation_func(inner) * gate
+            return self.finish(inner, layer_id)
 
         return mlp.feed(hidden_states, activate=activate, layer_id=layer_id, **kw)
+
+    def finish(self, inner: Tensor, layer_id: int) -> Tensor:
+        """Return what `dense_4h_to_h` reads of the gated features; a subclass may change them."""
+        return inner

@@ -93,8 +93,8 @@ class PatchEmbeddingMixin(BaseMixin):
         if self.proj.bias is not None:
             nn.init.zeros_(self.proj.bias)
 
-    def embed_patches(self, image: Tensor) -> Tensor:
-        """Embed `[b, in_channels, h, w]`, row by row: `[b, patches, c]`."""
+    def embed_patches(self, image: Tensor, **kw: Any) -> Tensor:
+        """Embed `[b, in_channels, h, w]`, row by row: `[b, patches, c]`; keywords of the call are for subclasses."""
         return self.proj(image.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
 
     @non_conflict
@@ -119,7 +119,7 @@ class PatchEmbeddingMixin(BaseMixin):
             )
         words = old_impl(input_ids, image=image, **kw).expand(len(image), -1, -1)
         before, after = words.split([self.pre_len, self.post_len], dim=1)
-        return torch.cat([before, self.embed_patches(image), after], dim=1)
+        return torch.cat([before, self.embed_patches(image, **kw), after], dim=1)
 
 
 class WholeTableMixin(BaseMixin):

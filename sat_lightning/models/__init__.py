@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from sat_lightning.models.distill import DistillModel
     from sat_lightning.models.dpr import DPRContextEncoder, DPRQuestionEncoder, DPRReader
     from sat_lightning.models.encoder_decoder import EncoderDecoderModel
+    from sat_lightning.models.eva2 import EVA2Model
+    from sat_lightning.models.eva2clip import EVA2CLIPModel
     from sat_lightning.models.glm import GLMModel
     from sat_lightning.models.glm130b import GLM130B
     from sat_lightning.models.gpt2 import GPT2Model
@@ -46,6 +48,8 @@ __all__ = [
     "DPRQuestionEncoder",
     "DPRReader",
     "DistillModel",
+    "EVA2CLIPModel",
+    "EVA2Model",
     "EncoderDecoderModel",
     "GLMModel",
     "GPT2Model",
@@ -67,6 +71,8 @@ _LAZY = {
     "distill": "DistillModel",
     "dpr": "DPRContextEncoder DPRQuestionEncoder DPRReader",
     "encoder_decoder": "EncoderDecoderModel",
+    "eva2": "EVA2Model",
+    "eva2clip": "EVA2CLIPModel",
     "glm": "GLMModel",
     "glm130b": "GLM130B",
     "gpt2": "GPT2Model",

@@ -77,7 +77,7 @@ class ImageModel(BaseModel):
         **transformer_overrides: Any,
     ) -> None:
         super().__init__(config, transformer=transformer, **({"activation_func": F.gelu} | transformer_overrides))
-        self.add_mixin("patch_embedding", PatchEmbeddingMixin(self.config, has_patch_bias))
+        self.add_mixin("patch_embedding", self.make_patch_embedding(has_patch_bias))
         self.add_mixin("pos_embedding", WholeTableMixin())
 
     def forward(
@@ -91,6 +91,10 @@ class ImageModel(BaseModel):
         if input_ids is OMITTED:
             input_ids = self.make_input_ids(**kw)
         return super().forward(input_ids, position_ids, attention_mask, **kw)
+
+    def make_patch_embedding(self, has_bias: bool) -> PatchEmbeddingMixin:
+        """Return what embeds patches; a family with another one builds it here."""
+        return PatchEmbeddingMixin(self.config, has_bias)
 
     def make_input_ids(self, image: Tensor | None = None, **kw: Any) -> Tensor:
         """Return the special tokens of a caller who gave none, `[b, pre_len + post_len]`."""
