@@ -73,6 +73,10 @@ def _image(seed: int) -> dict[str, Any]:
     return {"image": torch.randn(2, 3, 12, 8, generator=torch.Generator().manual_seed(seed))}
 
 
+def _noisy(seed: int) -> dict[str, Any]:
+    return {**_image(seed), "noise": torch.rand(2, 6, generator=torch.Generator().manual_seed(seed))}
+
+
 def _found(returned: Any) -> Tensor:
     return torch.cat([returned[0]["pred_logits"], returned[0]["pred_boxes"]], dim=-1)
 
@@ -91,6 +95,7 @@ CHAT = {"bos_token_id": 2, "mask_token_id": 4, "gmask_token_id": 1, "pad_token_i
 CHAT2 = {**MODERN, "use_qkv_bias": True, "num_multi_query_heads": 2}
 IMAGE = {"vocab_size": 2, "image_size": [12, 8], "patch_size": 4}
 TWO_IMAGES = {"layout": [1, 5, 9], "new_sequence_length": 29, "kernel_size": 2, "kernel_size2": 1}
+MAE = {"vocab_size": 1, "dec_num_layers": 1, "dec_hidden_size": 24, "dec_num_attention_heads": 3}
 YOLOS = {"num_det_tokens": 3, "num_det_classes": 5}
 SECOND = {"inputs": _pair, "result": lambda returned: returned[1]}
 
@@ -156,6 +161,10 @@ FAMILIES: dict[str, Family] = {
     "vit": Family("ViTModel", {**IMAGE, "num_classes": 5}, _image),
     "deit": Family("ViTModel", {**IMAGE, "num_classes": 5, "pre_len": 2}, _image),
     "yolos": Family("YOLOS", {**IMAGE, **YOLOS}, _image, _found),
+    "mae": Family("MAE", {**IMAGE, **MAE}, _noisy, lambda returned: returned[1]),
+    "mae-exact": Family(
+        "MAE", {**IMAGE, **MAE, "dec_hidden_act": "gelu", "mask_ratio": 0.3}, _noisy, lambda returned: returned[1]
+    ),
     "yolos-mid": Family("YOLOS", {**IMAGE, **YOLOS, "has_mid_positions": True}, _image, _found),
     "eva2": Family("EVA2Model", {**IMAGE, "vocab_size": 1, "predict_feature_dim": 7}, _masked_image),
     "eva2clip": Family("EVA2CLIPModel", {**IMAGE, "use_final_layernorm": False}, _image),

@@ -75,6 +75,8 @@ def interpolate(case):
 PROCEDURES = {"vit_interp": interpolate}
 #: Case -> arguments of from_pretrained that it needs.
 OPTIONS = {}
+#: Model class -> keywords of every call that the recording set otherwise: MAE's drawing was replaced by a tensor.
+KEYWORDS = {"MAE": {"noise": "@noise"}}
 #: Cases that are recorded for other tests: generation, adapters, faults.
 ELSEWHERE = re.compile(r"gen_|lora|adapter|ffadd|prefix|bug_|mlphead")
 
@@ -129,7 +131,8 @@ class Case:
 
     def run(self, call):
         function = getattr(self.model, call.get("target") or "__call__")
-        return function(**{name: self.value(value) for name, value in call["kwargs"].items()})
+        kwargs = call["kwargs"] | KEYWORDS.get(self.record["model_class"], {})
+        return function(**{name: self.value(value) for name, value in kwargs.items()})
 
     def value(self, value):
         """A literal, or the tensor that "@name" names, inside lists and dicts too."""

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from sat_lightning import AutoModel
@@ -74,6 +75,43 @@ def test_yolos(has_mid_positions, tmp_path):
         our_kwargs=OURS,
         our_pick=lambda out: torch.cat([out[0]["pred_logits"], out[0]["pred_boxes"]], dim=-1),
     )
+
+
+@pytest.mark.parametrize("mask_ratio", [0.75, 0.4])
+def test_mae(mask_ratio, tmp_path):
+    config = transformers.ViTMAEConfig(
+        **(SIZES | {"image_size": 16}), mask_ratio=mask_ratio, decoder_num_hidden_layers=3, decoder_hidden_size=16,
+        decoder_num_attention_heads=2, decoder_intermediate_size=20,
+    )  # fmt: skip
+    image, noise = torch.randn(2, 2, 16, 16), torch.rand(2, 16)
+    theirs = transformers.ViTMAEForPreTraining(config)
+    ours = check_folder_parity(
+        theirs,
+        tmp_path,
+        {"pixel_values": image, "noise": noise},
+        logits,
+        our_kwargs={"image": image, "noise": noise},
+        our_pick=lambda out: out[1],
+        bf16_atol=None,  # noise in bf16 has ties
+    )
+    with torch.no_grad():
+        expected, got = theirs(image, noise=noise), ours(image=image, noise=noise)[2][0]
+    assert torch.equal(got["mask"], expected.mask)
+    assert torch.equal(got["ids_restore"], expected.ids_restore)
+
+
+def test_files_with_the_names_of_the_first_transformers_are_read(tmp_path):
+    ours = FAMILIES["mae-exact"].build(image_size=[8, 8]).eval()
+    save_huggingface(ours, tmp_path / "one")
+    names = load_file(tmp_path / "one" / "model.safetensors").keys()
+    assert "decoder.decoder_layers.0.attention.attention.query.weight" in names
+    theirs = transformers.ViTMAEForPreTraining.from_pretrained(tmp_path / "one").eval()
+    image, noise = torch.randn(2, 3, 8, 8), torch.rand(2, 4)
+    again = AutoModel.from_pretrained(tmp_path / "one")
+    with torch.no_grad():
+        assert_close(again(image=image, noise=noise)[1], theirs(image, noise=noise).logits, atol=1e-5, rtol=1e-5)
+    save_huggingface(again, tmp_path / "two")
+    check_same_files(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.parametrize("name", ["vit", "deit", "yolos", "yolos-mid"])

@@ -5,6 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from sat_lightning import AutoModel
+from sat_lightning.checkpoint import load_checkpoint
 from sat_lightning.errors import CheckpointError, ConfigError, InputError
 from sat_lightning.models import ViTModel
 from tests.families import FAMILIES
@@ -102,3 +103,96 @@ def test_more_special_tokens_begin_anew(vit, tmp_path):
     assert torch.equal(after[:8], before)
     assert 0 < after[8:].std() < 0.1
     assert len(other.transformer.word_embeddings.weight) == 5
+
+
+@pytest.fixture
+def mae():
+    return FAMILIES["mae"].build().eval()
+
+
+def test_mae_draws_anew_in_every_call_and_alike_from_one_seed(mae):
+    torch.manual_seed(1)
+    first, second = mae(image=IMAGE), mae(image=IMAGE)
+    torch.manual_seed(1)
+    again = mae(image=IMAGE)
+    assert torch.equal(first[1], again[1])
+    assert not torch.equal(first[2][0]["ids_restore"], second[2][0]["ids_restore"])
+    assert not torch.equal(first[2][0]["ids_restore"][0], first[2][0]["ids_restore"][1])
+
+
+@pytest.mark.parametrize(("ratio", "num_kept"), [(0.0, 6), (0.5, 3), (0.75, 1), (0.99, 0)])
+def test_mae_removes_what_it_says(mae, ratio, num_kept):
+    encoder_outputs, pixels, encoder_layers, decoder_layers = mae(image=IMAGE, mask_ratio=ratio)
+    assert encoder_outputs.shape == (2, 1 + num_kept, 32)
+    assert pixels.shape == (2, 6, 4 * 4 * 3)
+    assert encoder_layers[0]["mask"].sum(1).tolist() == [6 - num_kept] * 2
+    assert (len(encoder_layers), len(decoder_layers)) == (2, 1)
+
+
+def test_mae_never_sees_what_is_removed(mae):
+    kw = {"noise": torch.rand(2, 6), "mask_ratio": 0.5}
+    expected = mae(image=IMAGE, **kw)
+    removed = expected[2][0]["mask"].view(2, 1, 3, 2).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    changed = torch.where(removed.bool(), torch.randn_like(IMAGE), IMAGE)
+    assert_close(mae(image=changed, **kw)[1], expected[1])
+    assert not torch.allclose(mae(image=changed, noise=kw["noise"], mask_ratio=0.0)[1], expected[1], atol=1e-3)
+
+
+def test_mae_honours_masks_over_all_patches(mae):
+    """A patch that is masked says nothing, whether or not the drawing keeps it, and wherever it puts it."""
+    kw = {"noise": torch.rand(2, 6), "mask_ratio": 0.5}
+    keys = torch.ones(2, 1, 1, 7)
+    keys[:, :, :, 4] = 0
+    pairs = keys.expand(-1, -1, 7, -1)
+    by_keys = mae(image=IMAGE, enc_attention_mask=keys, **kw)[0]
+    assert_close(mae(image=IMAGE, enc_attention_mask=pairs, **kw)[0], by_keys)
+    assert_close(mae(image=IMAGE, enc_attention_mask=pairs[:1, 0].squeeze(0), **kw)[0], by_keys)
+    whole = mae.encoder(image=IMAGE, attention_mask=keys, noise=torch.arange(6.0).expand(2, -1), mask_ratio=0.0)[0]
+    changed = IMAGE.clone()
+    changed[:, :, 4:8, 4:] = 0  # patch 3, token 4
+    other = mae.encoder(image=changed, attention_mask=keys, noise=torch.arange(6.0).expand(2, -1), mask_ratio=0.0)[0]
+    rest = [0, 1, 2, 3, 5, 6]
+    assert_close(other[:, rest], whole[:, rest])
+    full = mae(image=IMAGE, dec_attention_mask=torch.ones(7, 7), **kw)[1]
+    assert_close(full, mae(image=IMAGE, **kw)[1])
+    causal = mae(image=IMAGE, dec_attention_mask="causal", **kw)[1]
+    assert not torch.allclose(causal, full, atol=1e-3)
+
+
+def test_mae_parts_stand_alone(mae):
+    kw = {"noise": torch.rand(2, 6)}
+    encoder_outputs, pixels, layers, _ = mae(torch.zeros(2, 1, dtype=torch.long), image=IMAGE, **kw)
+    assert torch.equal(mae.encode(torch.zeros(2, 1, dtype=torch.long), image=IMAGE, **kw), encoder_outputs)
+    again = mae.decode(encoder_outputs=encoder_outputs, ids_restore=layers[0]["ids_restore"])[0]
+    assert torch.equal(again, pixels)
+    places = torch.arange(7).expand(2, -1)
+    assert torch.equal(mae(torch.zeros(2, 1, dtype=torch.long), None, places, image=IMAGE, **kw)[1], pixels)
+
+
+def test_mae_positions_of_both_parts_are_stretched(mae, tmp_path):
+    mae.save_pretrained(tmp_path)
+    other = AutoModel.from_pretrained(tmp_path, image_size=[8, 16], resize_positions="interpolate")
+    assert [len(part.transformer.position_embeddings.weight) for part in other.parts.values()] == [9, 9]
+    assert other(image=torch.randn(2, 3, 8, 16))[1].shape == (2, 8, 48)
+    with pytest.raises(ConfigError, match="MAE has pre_len 1 and post_len 0; here they are 2 and 0"):
+        mae.config.replace(pre_len=2, vocab_size=2)
+    with pytest.raises(ConfigError, match="dec_hidden_act: unknown value 'relu'"):
+        mae.config.replace(dec_hidden_act="relu")
+
+
+def test_a_vit_is_read_from_the_encoder_of_a_mae(mae, tmp_path):
+    """The usual way on: pretrain, keep the encoder, add a head."""
+    mae.save_pretrained(tmp_path)
+    config = ViTModel.config_class(**{name: getattr(mae.config, name) for name in ("num_layers", "hidden_size")})
+    same = ("num_attention_heads", "vocab_size", "image_size", "patch_size", "layernorm_epsilon")
+    vit = ViTModel(config.replace(num_classes=5, **{name: getattr(mae.config, name) for name in same}))
+    report = load_checkpoint(
+        vit, tmp_path, prefix="encoder.", may_miss=("mixins.cls.*",), ignore=("decoder.*", "mixins.mask_patches.*")
+    )
+    assert sorted(report.missing) == ["mixins.cls.classifier.bias", "mixins.cls.classifier.weight"]
+    noise = torch.arange(6.0).expand(2, -1)
+    vit.del_mixin("cls")
+    vit.transformer.final_layernorm.eval()
+    hidden = vit.eval()(image=IMAGE, output_hidden_states=True)[-1]["hidden_states"]
+    expected = mae.encoder(image=IMAGE, noise=noise, mask_ratio=0.0, output_hidden_states=True)[-1]["hidden_states"]
+    assert_close(hidden, expected)

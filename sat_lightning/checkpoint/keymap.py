@@ -27,8 +27,8 @@ class Plan:
     groups: list[Group]
     config: TransformerConfig
     layout: dict[str, Any]
-    """What a file leaves to choice, as JSON: `without_prefix`, `legacy_suffixes`, `tied` (names written although they
-    could be left out), `buffers` (name template -> dtype). Written files repeat it."""
+    """What a file leaves to choice, as JSON: `without_prefix`, `legacy_suffixes`, `legacy_parts`, `tied` (names written
+    although they could be left out), `buffers` (name template -> dtype). Written files repeat it."""
     files: dict[str, str] = field(default_factory=dict)
     """Name in the table -> name in the file, where they differ."""
     tied: dict[str, str] = field(default_factory=dict)
@@ -253,6 +253,10 @@ def _table_name(name: str, key_map: KeyMap, known: Collection[str], layout: dict
                     layout["legacy_suffixes"].append(old)
                 name = candidate
                 break
+    for old, new in key_map.legacy_parts.items():
+        if (candidate := name.replace(old, new)) != name and candidate in known:
+            layout["legacy_parts"] = sorted({old, *layout.get("legacy_parts", ())})
+            name = candidate
     if name not in known and key_map.prefix and key_map.prefix + name in known:
         layout["without_prefix"] = True
         return key_map.prefix + name
@@ -263,6 +267,8 @@ def _file_name(name: str, key_map: KeyMap, layout: Mapping[str, Any]) -> str:
     """Undo `_table_name`."""
     if layout.get("without_prefix"):
         name = name.removeprefix(key_map.prefix)
+    for old in layout.get("legacy_parts", ()):
+        name = name.replace(key_map.legacy_parts[old], old)
     for old in layout.get("legacy_suffixes", ()):
         new = key_map.legacy_suffixes[old]
         # Old files spelt only the norms so; the suffix map says which names it means by their whole end.

@@ -118,6 +118,8 @@ class KeyMap:
     """Their names that are written with a value of their own where our model has nothing to put there."""
     legacy_suffixes: Mapping[str, str] = field(default_factory=dict)
     """Ends of names in old files -> today's (`.gamma` -> `.weight`)."""
+    legacy_parts: Mapping[str, str] = field(default_factory=dict)
+    """Parts of names in some files -> those in the others."""
     example: Callable[[Any, Any], tuple[dict[str, Any], dict[str, Any]]] | None = None
     """(configuration, torch.Generator) -> keywords of our call and of theirs, to verify with. Default: random words."""
     outputs: tuple[Callable[[Any], Tensor], Callable[[Any], Tensor]] | None = None

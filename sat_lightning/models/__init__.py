@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sat_lightning.models.gpt2 import GPT2Model
     from sat_lightning.models.gptneo import GPTNeoModel
     from sat_lightning.models.llama import LLaMAModel
+    from sat_lightning.models.mae import MAE
     from sat_lightning.models.mixtral import MixtralModel
     from sat_lightning.models.presets import PRESETS, preset
     from sat_lightning.models.roberta import RobertaModel
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GLM130B",
+    "MAE",
     "PRESETS",
     "YOLOS",
     "BaseModel",
@@ -78,6 +80,7 @@ _LAZY = {
     "gpt2": "GPT2Model",
     "gptneo": "GPTNeoModel",
     "llama": "LLaMAModel",
+    "mae": "MAE",
     "mixtral": "MixtralModel",
     "presets": "PRESETS preset",
     "roberta": "RobertaModel",

@@ -51,6 +51,7 @@ _QWEN3: Options = {
 }
 _VIT: Options = {"image_size": [224, 224], "patch_size": 16, "layernorm_epsilon": 1e-12}
 _YOLOS: Options = {**_VIT, "num_det_tokens": 100, "num_det_classes": 92}
+_MAE: Options = {**_VIT, "dec_num_layers": 8, "dec_hidden_size": 512, "dec_num_attention_heads": 16}
 _T5: Options = {"vocab_size": 32128, "relative_attention_num_buckets": 32}
 _CHATGLM2: Options = {
     "use_bias": False,
@@ -162,6 +163,9 @@ PRESETS: dict[str, tuple[str, Options]] = {
     "vit-large-patch16-224": ("ViTModel", {**_VIT, **_sizes(24, 1024, 16)}),
     "deit-tiny-distilled-patch16-224": ("ViTModel", {**_VIT, **_sizes(12, 192, 3, vocab_size=2), "pre_len": 2}),
     "deit-base-distilled-patch16-224": ("ViTModel", {**_VIT, **_sizes(12, 768, 12, vocab_size=2), "pre_len": 2}),
+    "vit-mae-base": ("MAE", {**_MAE, **_sizes(12, 768, 12)}),
+    "vit-mae-large": ("MAE", {**_MAE, **_sizes(24, 1024, 16)}),
+    "vit-mae-huge": ("MAE", {**_MAE, **_sizes(32, 1280, 16), "patch_size": 14}),
     "yolos-tiny": ("YOLOS", {**_YOLOS, **_sizes(12, 192, 3), "image_size": [800, 1333]}),
     "yolos-small": (
         "YOLOS",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from sat_lightning.model.keymap import Fused, Rule
 from sat_lightning.nn.rotary import RotaryEmbedding
 
 Values = Mapping[str, Any]
+Part = Callable[[Any], TransformerConfig]
 Fields = Mapping[str, tuple[str, Any]]
 """Their name -> our name, and what theirs means where config.json leaves it out (None: it must be there)."""
 
@@ -99,7 +100,9 @@ def inv_freq_of(config: TransformerConfig) -> Tensor:
     return RotaryEmbedding(dim, config.rotary_base).inv_freq
 
 
-def fused_query_key_value(ours: str, theirs: str, names: tuple[str, str, str], kind: str = "{kind}") -> Rule:
+def fused_query_key_value(
+    ours: str, theirs: str, names: tuple[str, str, str], kind: str = "{kind}", part: Part = lambda config: config
+) -> Rule:
     """Return the rule of a fused self-attention projection.
 
     Args:
@@ -107,8 +110,10 @@ def fused_query_key_value(ours: str, theirs: str, names: tuple[str, str, str], k
         theirs: what their three names begin with.
         names: of query, key and value.
         kind: weight, bias, or a placeholder for both.
+        part: returns, of the configuration of the whole, that of the part which has this projection.
     """
-    return Rule(f"{ours}.query_key_value.{kind}", tuple(f"{theirs}.{name}.{kind}" for name in names), Fused(_sizes))
+    sizes = Fused(lambda config: _sizes(part(config)))
+    return Rule(f"{ours}.query_key_value.{kind}", tuple(f"{theirs}.{name}.{kind}" for name in names), sizes)
 
 
 def _sizes(config: TransformerConfig) -> tuple[int, int, int]:

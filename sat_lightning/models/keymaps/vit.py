@@ -11,7 +11,7 @@ from torch import Tensor
 from sat_lightning.errors import ConfigError
 from sat_lightning.mixins import DistilledClassifierMixin, PoolerMixin
 from sat_lightning.model.keymap import Chain, Fused, Inverse, KeyMap, Rule, Squeeze, Stacked, require
-from sat_lightning.models.keymaps.common import Fields, Values, fused_query_key_value, read_fields, write_fields
+from sat_lightning.models.keymaps.common import Fields, Part, Values, fused_query_key_value, read_fields, write_fields
 
 SIZES: Fields = {
     "num_hidden_layers": ("num_layers", None),
@@ -63,8 +63,8 @@ def write_num_labels(num_labels: int) -> dict[str, Any]:
     return {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}}
 
 
-def layer_rules(ours: str, theirs: str) -> tuple[Rule, ...]:
-    """Return the rules of one layer; both names hold the placeholder."""
+def layer_rules(ours: str, theirs: str, part: Part = lambda config: config) -> tuple[Rule, ...]:
+    """Return the rules of one layer; both names hold the placeholder, `part` is as in `fused_query_key_value`."""
     names = {
         "attention.dense": "attention.output.dense",
         "input_layernorm": "layernorm_before",
@@ -73,7 +73,9 @@ def layer_rules(ours: str, theirs: str) -> tuple[Rule, ...]:
         "mlp.dense_4h_to_h": "output.dense",
     }
     return (
-        fused_query_key_value(f"{ours}.attention", f"{theirs}.attention.attention", ("query", "key", "value")),
+        fused_query_key_value(
+            f"{ours}.attention", f"{theirs}.attention.attention", ("query", "key", "value"), part=part
+        ),
         *(Rule(f"{ours}.{mine}.{{kind}}", f"{theirs}.{other}.{{kind}}") for mine, other in names.items()),
     )
 
