@@ -168,4 +168,10 @@ FAMILIES: dict[str, Family] = {
     "yolos-mid": Family("YOLOS", {**IMAGE, **YOLOS, "has_mid_positions": True}, _image, _found),
     "eva2": Family("EVA2Model", {**IMAGE, "vocab_size": 1, "predict_feature_dim": 7}, _masked_image),
     "eva2clip": Family("EVA2CLIPModel", {**IMAGE, "use_final_layernorm": False}, _image),
+    "cait": Family(
+        "CaiT",
+        {**IMAGE, "num_classes": 5, "dec_num_layers": 1, "init_scale": 0.5},
+        _image,
+        lambda returned: returned[1],
+    ),
 }

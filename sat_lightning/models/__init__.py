@@ -13,6 +13,7 @@ from sat_lightning.model.registry import AnyModel
 
 if TYPE_CHECKING:
     from sat_lightning.models.bert import BertModel
+    from sat_lightning.models.cait import CaiT
     from sat_lightning.models.chatglm import ChatGLMModel
     from sat_lightning.models.chatglm2 import ChatGLM2Model, ChatGLM3Model, ChatGLM4Model
     from sat_lightning.models.cuda2d import Cuda2dModel
@@ -41,6 +42,7 @@ __all__ = [
     "YOLOS",
     "BaseModel",
     "BertModel",
+    "CaiT",
     "ChatGLM2Model",
     "ChatGLM3Model",
     "ChatGLM4Model",
@@ -67,6 +69,7 @@ __all__ = [
 # The names of each module.
 _LAZY = {
     "bert": "BertModel",
+    "cait": "CaiT",
     "chatglm": "ChatGLMModel",
     "chatglm2": "ChatGLM2Model ChatGLM3Model ChatGLM4Model",
     "cuda2d": "Cuda2dModel",

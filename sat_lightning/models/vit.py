@@ -40,12 +40,13 @@ class ClassifierMixin(BaseMixin):
     """Classify the image by its first token: `[b, s, c]` to `[b, num_classes]`.
 
     Args:
-        config: gives the sizes.
+        config: gives the width.
+        num_classes: outputs of the head.
     """
 
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, config: TransformerConfig, num_classes: int) -> None:
         super().__init__()
-        self.classifier = Linear(config.hidden_size, config.num_classes, True, normal_init(config.init_method_std))
+        self.classifier = Linear(config.hidden_size, num_classes, True, normal_init(config.init_method_std))
 
     def final_forward(self, logits: Tensor, **kw: Any) -> Tensor:
         """Return the score of each class."""
@@ -122,4 +123,4 @@ class ViTModel(ImageModel):
 
     def __init__(self, config: ViTConfig, transformer: Transformer | None = None, **kwargs: Any) -> None:
         super().__init__(config, transformer=transformer, **kwargs)
-        self.add_mixin("cls", ClassifierMixin(self.config))
+        self.add_mixin("cls", ClassifierMixin(self.config, self.config.num_classes))
