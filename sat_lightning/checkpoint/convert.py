@@ -65,8 +65,7 @@ def convert(
         CheckpointError: if the source cannot be read whole, or the target format has no place for a part of it.
     """
     path, target = locate(source), Path(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(f"{target} exists and is not empty.{found_beside(target / 'x')} Choose another folder.")
+    _refuse_taken(target)
     plan, tolerance = read_blueprint(path), Tolerance(ignore=ignore)
     model = build_empty(plan, str(path))
     incoming = open_incoming(Source(path, **reading), model)
@@ -88,16 +87,25 @@ def convert(
                 shutil.copyfile(path / name, temporary / name)
 
 
+def _refuse_taken(target: Path) -> None:
+    if target.is_file():
+        raise CheckpointError(f"{target} is a file. Name a new folder.")
+    if target.exists() and any(target.iterdir()):
+        raise CheckpointError(f"{target} exists and is not empty.{found_beside(target / 'x')} Choose another folder.")
+
+
 @contextmanager
 def _appearing_whole(folder: Path) -> Iterator[Path]:
     """Write to a temporary folder beside, and rename it once all is written."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
     try:
+        temporary.mkdir(parents=True)
         yield temporary
         if folder.is_dir():
             folder.rmdir()  # empty: os.replace cannot put a folder over it everywhere
         os.replace(temporary, folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder} was not written: {error}.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

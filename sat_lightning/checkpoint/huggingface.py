@@ -49,12 +49,24 @@ def find_key_map(values: Mapping[str, Any], model_class: type[AnyModel] | None =
                 return cls, key_map
     if fitting and not architectures:
         return fitting[0]
-    names = sorted({name for _, key_map in known for name in (key_map.model_type, *key_map.architectures)})
-    wanted = ", ".join(architectures) or "no architecture"
-    raise CheckpointError(
-        f"config.json says model_type '{model_type}', {wanted}; known here are {', '.join(names) or 'none'}."
-        f"{nearest(architectures[0] if architectures else str(model_type), names)} Set `architectures` to the class "
-        "whose weights the folder holds, or declare a key map for it."
+    raise _refuse_family(str(model_type), architectures, known, fitting)
+
+
+def _refuse_family(
+    model_type: str, architectures: list[str], known: list[tuple[type[AnyModel], KeyMap]], fitting: list[Any]
+) -> CheckpointError:
+    said = f"config.json says model_type '{model_type}', {', '.join(architectures) or 'no architecture'}"
+    if fitting:
+        names = sorted({name for _, key_map in fitting for name in key_map.architectures})
+        return CheckpointError(
+            f"{said}; of this type the known classes are {', '.join(names)}."
+            f"{nearest(architectures[0], names)} Set `architectures` to the one whose weights the folder holds, or "
+            "declare a key map for the class."
+        )
+    types = sorted({key_map.model_type for _, key_map in known})
+    return CheckpointError(
+        f"{said}; the types that can be read here are {', '.join(types) or 'none'}.{nearest(model_type, types)} Load "
+        "it by the class of its own family (AutoModel finds it), or declare a key map."
     )
 
 
@@ -147,7 +159,7 @@ def _choose_map(model_class: type[AnyModel], before: Mapping[str, Any], model_ty
     maps = {key_map.model_type: key_map for key_map in reversed(model_class.key_maps)}
     if not maps:
         raise CheckpointError(
-            f"{model_class.__name__} has no key map, so Hugging Face has no such family. Save it native."
+            f"{model_class.__name__} has no key map, so Hugging Face has no such family. Save it as native or sat."
         )
     if wanted is not None and wanted not in maps:
         raise CheckpointError(

@@ -16,11 +16,13 @@ from sat_lightning.checkpoint.huggingface import RECORD, find_key_map, is_tied, 
 from sat_lightning.checkpoint.keymap import plan_import
 from sat_lightning.checkpoint.migrate import migrate_sat
 from sat_lightning.checkpoint.native import CONFIG_NAME
-from sat_lightning.checkpoint.report import LoadReport, Tolerance
+from sat_lightning.checkpoint.report import LoadReport, Tolerance, some
 from sat_lightning.checkpoint.sat import is_sat_folder, open_sat
 from sat_lightning.errors import CheckpointError
 from sat_lightning.model.registry import AnyModel
 
+#: Names of Hugging Face's files of weights, whose tensors only the config.json beside them explains.
+HF_STEMS = ("model", "pytorch_model")
 Format = Literal["native", "sat", "hf"]
 
 
@@ -52,6 +54,7 @@ def find_format(path: Path) -> Format:
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder.{found_beside(path)}")
     if path.is_file():
+        _refuse_part(path)
         return "sat" if path.suffix in (".pt", ".pth", ".bin") else "native"
     has_weights = any(path.glob("model.safetensors*")) or any(path.glob("pytorch_model.bin*"))
     if (path / CONFIG_NAME).is_file():
@@ -63,10 +66,17 @@ def find_format(path: Path) -> Format:
     if has_weights:
         return "native"
     inside = sorted(config.parent.name for name in (CONFIG_NAME, "config.json") for config in path.glob(f"*/{name}"))
-    hint = f" Folders in it that are: {', '.join(inside)}." if inside else found_beside(path / CONFIG_NAME)
+    hint = f" Folders in it that are: {some(inside)}." if inside else found_beside(path / CONFIG_NAME)
     raise CheckpointError(
         f"{path} is no model folder: it has neither {CONFIG_NAME}, nor config.json, nor SAT's 'latest'.{hint}"
     )
+
+
+def _refuse_part(file: Path) -> None:
+    """Refuse a file that says nothing without its folder."""
+    is_theirs = (file.parent / "config.json").is_file() and not (file.parent / CONFIG_NAME).is_file()
+    if file.suffix == ".json" or file.name == "latest" or (is_theirs and file.stem in HF_STEMS):
+        raise CheckpointError(f"{file} is a part of a model folder. Pass the folder: {file.parent}.")
 
 
 def load_checkpoint(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from sat_lightning.checkpoint.report import Tolerance
 from sat_lightning.checkpoint.resize import PositionFill, Resize, VocabularyFill, round_up
 from sat_lightning.checkpoint.sat import find_config
 from sat_lightning.config import TransformerConfig
-from sat_lightning.errors import CheckpointError
+from sat_lightning.errors import CheckpointError, ConfigError, nearest
 from sat_lightning.model.keymap import KeyMap
 from sat_lightning.model.registry import AnyModel
 from sat_lightning.models import find_family
@@ -69,6 +70,7 @@ def from_pretrained(
             options.get("vocab_size", plan.config.vocab_size), make_vocab_size_divisible_by
         )
         resize_vocab = resize_vocab or "zeros"
+    _refuse_unknown(options, plan)
     before, plan.config = plan.config, plan.config.replace(**options)
     resize = Resize(before, plan.config, resize_vocab, resize_positions)
     if build_only:
@@ -76,10 +78,26 @@ def from_pretrained(
     keeps_some = tolerance != Tolerance() or resize.needs_initial_values
     model = build_model(plan, str(path)) if keeps_some else build_empty(plan, str(path))
     incoming = open_incoming(Source(path, **reading), model)
-    model.load_report = fit(model, incoming, tolerance, what=str(path), resize=resize, adopts=True, dtype=dtype)
+    origin = plan.values.get("model_class", type(model).__name__)
+    what = str(path) if origin == type(model).__name__ else f"{path} (a {origin})"
+    model.load_report = fit(model, incoming, tolerance, what=what, resize=resize, adopts=True, dtype=dtype)
     if isinstance(dtype, torch.dtype):
         model.to(dtype)
     return model.eval()
+
+
+def _refuse_unknown(options: Mapping[str, Any], plan: Blueprint) -> None:
+    names = {field.name for field in fields(plan.config)} - {"extra"}
+    for name in options.keys() - names:
+        if name == "args":
+            raise ConfigError(
+                "from_pretrained takes no args: it reads the architecture from the checkpoint, and returns the model "
+                "alone (its configuration is model.config). Give what is to change by name: hidden_dropout=0.1."
+            )
+        raise ConfigError(
+            f"'{name}' is neither an argument of from_pretrained nor a field of {type(plan.config).__name__}."
+            f"{nearest(name, {*names, *_READING, *_TOLERANCE, *signature(from_pretrained).parameters})}"
+        )
 
 
 class AutoModel:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sat_lightning.checkpoint.files import found_beside, open_tensors, write_json, written_whole
+from sat_lightning.checkpoint.files import found_beside, open_tensors, read_json, write_json, written_whole
 from sat_lightning.checkpoint.native import CONFIG_NAME, describe
 from sat_lightning.checkpoint.partition import MergedTensors, split_tensors
 from sat_lightning.config import TransformerConfig
@@ -94,11 +94,12 @@ def open_sat(
         Whole tensors by SAT's names, read when they are asked for.
     """
     files = find_partitions(path, step)
-    expected = config.extra.get("saved_model_parallel_size", len(files))
-    if len(files) != expected and path.is_dir():
+    config_file = find_config(path)
+    expected = read_json(config_file).get("model_parallel_size", 1) if config_file is not None else 1
+    if len(files) < expected and (path.is_dir() or path.name == _FIRST):
         raise CheckpointError(
-            f"{path}: model_config.json says model_parallel_size {expected}, and there are {len(files)} partitions. "
-            "Copy all ranks."
+            f"{path}: {CONFIG_NAME} says model_parallel_size {expected}, and {files[0].parent} holds {len(files)} of "
+            f"the partitions. Copy all ranks; or, if what is there is whole, set it to {len(files)}."
         )
     return MergedTensors([open_tensors(file) for file in files], config, model_class, str(path))
 
