@@ -77,6 +77,12 @@ def _noisy(seed: int) -> dict[str, Any]:
     return {**_image(seed), "noise": torch.rand(2, 6, generator=torch.Generator().manual_seed(seed))}
 
 
+def _captioned(seed: int) -> dict[str, Any]:
+    text = ids(3, 9, seed=seed)
+    text[:, 6] = 7
+    return {**_image(seed), "text_input_ids": text}
+
+
 def _found(returned: Any) -> Tensor:
     return torch.cat([returned[0]["pred_logits"], returned[0]["pred_boxes"]], dim=-1)
 
@@ -95,6 +101,10 @@ CHAT = {"bos_token_id": 2, "mask_token_id": 4, "gmask_token_id": 1, "pad_token_i
 CHAT2 = {**MODERN, "use_qkv_bias": True, "num_multi_query_heads": 2}
 IMAGE = {"vocab_size": 2, "image_size": [12, 8], "patch_size": 4}
 TWO_IMAGES = {"layout": [1, 5, 9], "new_sequence_length": 29, "kernel_size": 2, "kernel_size2": 1}
+CLIP = {
+    "vocab_size": 1, "projection_dim": 10, "text_num_layers": 1, "text_hidden_size": 24, "text_num_attention_heads": 3,
+    "text_vocab_size": 60, "text_max_sequence_length": 12,
+}  # fmt: skip
 MAE = {"vocab_size": 1, "dec_num_layers": 1, "dec_hidden_size": 24, "dec_num_attention_heads": 3}
 YOLOS = {"num_det_tokens": 3, "num_det_classes": 5}
 SECOND = {"inputs": _pair, "result": lambda returned: returned[1]}
@@ -161,6 +171,13 @@ FAMILIES: dict[str, Family] = {
     "vit": Family("ViTModel", {**IMAGE, "num_classes": 5}, _image),
     "deit": Family("ViTModel", {**IMAGE, "num_classes": 5, "pre_len": 2}, _image),
     "yolos": Family("YOLOS", {**IMAGE, **YOLOS}, _image, _found),
+    "clip": Family("CLIP", {**IMAGE, **CLIP}, _captioned, lambda returned: returned[2]),
+    "clip-ends": Family(
+        "CLIP",
+        {**IMAGE, **CLIP, "text_end_token_id": 7, "hidden_act": "gelu", "text_num_layers": 2},
+        _captioned,
+        lambda returned: returned[2],
+    ),
     "mae": Family("MAE", {**IMAGE, **MAE}, _noisy, lambda returned: returned[1]),
     "mae-exact": Family(
         "MAE", {**IMAGE, **MAE, "dec_hidden_act": "gelu", "mask_ratio": 0.3}, _noisy, lambda returned: returned[1]

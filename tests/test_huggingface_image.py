@@ -22,6 +22,13 @@ IMAGE = torch.randn(2, 2, 12, 8, generator=torch.Generator().manual_seed(0))
 THEIRS, OURS = {"pixel_values": IMAGE}, {"image": IMAGE}
 
 
+def flat(out):
+    """All tensors of what a call of ours returned."""
+    if isinstance(out, torch.Tensor):
+        return [out]
+    return [tensor for part in (out.values() if isinstance(out, dict) else out) for tensor in flat(part)]
+
+
 def logits(out):
     return out.logits
 
@@ -100,6 +107,35 @@ def test_mae(mask_ratio, tmp_path):
     assert torch.equal(got["ids_restore"], expected.ids_restore)
 
 
+@pytest.mark.parametrize("end", [2, 49])
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_clip(end, activation, tmp_path):
+    sizes = {"hidden_act": activation, "num_hidden_layers": 2, "num_attention_heads": 3}
+    text = {"hidden_size": 18, "intermediate_size": 20, "vocab_size": 50, "max_position_embeddings": 16}
+    vision = {"hidden_size": 24, "intermediate_size": 36, "image_size": 8, "patch_size": 4, "num_channels": 2}
+    more = {"num_hidden_layers": 3, "num_attention_heads": 2, "eos_token_id": end, "bos_token_id": 0, "pad_token_id": 0}
+    config = transformers.CLIPConfig(text_config=sizes | text | more, vision_config=sizes | vision, projection_dim=10)
+    image, ids = IMAGE[:, :, :8], torch.randint(3, 49, (3, 9))
+    ids[[0, 1, 2], [8, 4, 6]] = 49
+    padding = torch.ones(3, 9, dtype=torch.long)
+    padding[1, 5:] = padding[2, 7:] = 0
+    for folder, mask in (("full", None), ("padded", padding)):
+        theirs = transformers.CLIPModel(config)
+        (tmp_path / folder).mkdir()
+        check_folder_parity(
+            theirs,
+            tmp_path / folder,
+            {"pixel_values": image, "input_ids": ids, "attention_mask": mask},
+            lambda out: torch.cat(
+                [out.logits_per_text, out.text_embeds, out.image_embeds.T.flatten()[:6].view(3, 2)], 1
+            ),
+            our_kwargs={"image": image, "text_input_ids": ids, "text_attention_mask": mask},
+            our_pick=lambda out: torch.cat([out[2], out[1], out[0].T.flatten()[:6].view(3, 2)], 1),
+            std=0.1,
+            bf16_atol=0.2,  # of similarities up to e^2.6
+        )
+
+
 def test_files_with_the_names_of_the_first_transformers_are_read(tmp_path):
     ours = FAMILIES["mae-exact"].build(image_size=[8, 8]).eval()
     save_huggingface(ours, tmp_path / "one")
@@ -114,22 +150,28 @@ def test_files_with_the_names_of_the_first_transformers_are_read(tmp_path):
     check_same_files(tmp_path / "one", tmp_path / "two")
 
 
-@pytest.mark.parametrize("name", ["vit", "deit", "yolos", "yolos-mid"])
+@pytest.mark.parametrize("name", ["vit", "deit", "yolos", "yolos-mid", "clip-ends"])
 def test_models_built_here_are_written_and_read(name, tmp_path):
     changes = {"vocab_size": 1} if name == "vit" else {"vocab_size": 4} if name.startswith("yolos") else {}
+    changes = {"image_size": 8} if name == "clip-ends" else changes
     ours = FAMILIES[name].build(**changes).eval()
-    model_type = name.removesuffix("-mid")
+    model_type = name.partition("-")[0]
     save_huggingface(ours, tmp_path / "one", model_type=model_type)
     theirs = transformers.AutoModel.from_pretrained(tmp_path / "one")  # its config is theirs, too
     assert theirs.config.model_type == model_type
     again = AutoModel.from_pretrained(tmp_path / "one")
     with torch.no_grad():
-        assert torch.equal(FAMILIES[name].run(again), FAMILIES[name].run(ours))
+        image = torch.randn(2, 3, *ours.config.image_size)
+        kwargs = FAMILIES[name].inputs(0) | {"image": image}
+        for one, other in zip(flat(again(**kwargs)), flat(ours(**kwargs)), strict=True):
+            assert torch.equal(one, other)
     save_huggingface(again, tmp_path / "two")
     check_same_files(tmp_path / "one", tmp_path / "two")
 
 
 def test_special_tokens_without_a_place_are_refused(tmp_path):
     ours = ViTModel(FAMILIES["vit"].build().config.replace(post_len=1))
+    with pytest.raises(ConfigError, match="text_end_token_id is None. Set text_end_token_id where texts end with one"):
+        save_huggingface(FAMILIES["clip"].build(image_size=8), tmp_path)
     with pytest.raises(ConfigError, match="1 tokens before the patches, 0 after .* here there are 1, 1 and 2. Save it"):
         save_huggingface(ours, tmp_path)

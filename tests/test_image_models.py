@@ -196,3 +196,79 @@ def test_a_vit_is_read_from_the_encoder_of_a_mae(mae, tmp_path):
     hidden = vit.eval()(image=IMAGE, output_hidden_states=True)[-1]["hidden_states"]
     expected = mae.encoder(image=IMAGE, noise=noise, mask_ratio=0.0, output_hidden_states=True)[-1]["hidden_states"]
     assert_close(hidden, expected)
+
+
+@pytest.fixture
+def clip():
+    return FAMILIES["clip"].build().eval()
+
+
+TEXT = FAMILIES["clip"].inputs(0)["text_input_ids"]
+
+
+def test_clip_compares_vectors_of_length_one(clip):
+    images, texts, by_text, by_image = clip(image=IMAGE, text_input_ids=TEXT)
+    assert_close(images.norm(dim=-1), torch.ones(2))
+    assert_close(texts.norm(dim=-1), torch.ones(3))
+    assert_close(by_text, texts @ images.T * clip.logit_scale.exp())
+    assert torch.equal(by_text, by_image.T)
+    assert_close(torch.nn.functional.normalize(clip.encode_image(image=IMAGE)[0]), images)
+    assert_close(torch.nn.functional.normalize(clip.encode_text(TEXT)[0]), texts)
+    given = clip(torch.zeros(2, 1, dtype=torch.long), None, TEXT, torch.arange(9)[None], image=IMAGE)
+    assert torch.equal(given[2], by_text)
+
+
+def test_clip_reads_texts_causally_whatever_the_mask(clip):
+    changed = TEXT.clone()
+    changed[:, 5:] = 9
+    for mask in (None, -1, "causal", torch.ones(3, 9), torch.ones(3, 1, 9, 9), torch.ones(9, 9, dtype=torch.bool)):
+        before, after = (
+            clip.encode_text(text, attention_mask=mask, output_hidden_states=True)[-1]["hidden_states"]
+            for text in (TEXT, changed)
+        )
+        assert_close(before[:, :5], after[:, :5])
+        assert not torch.allclose(before[:, 5:], after[:, 5:], atol=1e-3)
+    assert_close(clip.text_encoder(changed)[0], clip.encode_text(changed)[0])
+
+
+def test_clip_does_not_see_padding(clip):
+    padding = torch.ones(3, 9, dtype=torch.long)
+    padding[:, :3] = 0
+    changed = TEXT.clone()
+    changed[:, :3] = 9
+    places = torch.arange(9)[None]
+    masked = clip.encode_text(TEXT, places, padding)[0]
+    assert_close(clip.encode_text(changed, places, padding)[0], masked)
+    assert not torch.allclose(clip.encode_text(TEXT)[0], masked, atol=1e-3)
+
+
+def test_clip_takes_the_end_of_a_text_where_it_is_known():
+    whole, cut = FAMILIES["clip-ends"].build().eval(), TEXT[:, :7]
+    assert_close(whole.encode_text(TEXT)[0], whole.encode_text(cut)[0])  # token 7 stands at place 6
+    largest = FAMILIES["clip-ends"].build(text_end_token_id="largest").eval()
+    text = TEXT.clamp(max=58)
+    text[:, 4] = 59
+    assert_close(largest.encode_text(text)[0], largest.encode_text(text[:, :5])[0])
+    last = FAMILIES["clip-ends"].build(text_end_token_id=None).eval()
+    assert not torch.allclose(last.encode_text(TEXT)[0], last.encode_text(cut)[0], atol=1e-3)
+
+
+def test_clip_stretches_positions_of_images_and_not_of_texts(clip, tmp_path):
+    clip.save_pretrained(tmp_path)
+    other = AutoModel.from_pretrained(tmp_path, image_size=[8, 20], resize_positions="interpolate")
+    assert len(other.image_encoder.transformer.position_embeddings.weight) == 11
+    assert torch.equal(other.encode_text(TEXT)[0], clip.encode_text(TEXT)[0])
+    longer = AutoModel.from_pretrained(tmp_path, text_max_sequence_length=20, resize_positions="repeat")
+    assert torch.equal(longer.encode_text(TEXT)[0], clip.encode_text(TEXT)[0])
+    assert torch.equal(longer.encode_image(image=IMAGE)[0], clip.encode_image(image=IMAGE)[0])
+
+
+def test_clip_refuses_what_it_cannot_compare(clip):
+    with pytest.raises(InputError, match="CLIP compares images with texts: give text_input_ids"):
+        clip(image=IMAGE)
+    with pytest.raises(InputError, match="image is missing|needs image="):
+        clip(text_input_ids=TEXT)
+    with pytest.raises(InputError, match="The sequence has 13 tokens, max_sequence_length is 12"):
+        clip.encode_text(torch.zeros(1, 13, dtype=torch.long))
+    with pytest.raises(ConfigError, match="hidden_act: unknown value 'silu', known are quick_gelu, gelu"):
+        clip.config.replace(hidden_act="silu")

@@ -41,6 +41,9 @@ PUBLISHED = {
     "vit-base-patch16-224": (86_567_656, 0),
     "vit-base-patch16-384": (86_859_496, 0),
     "vit-large-patch16-224": (304_326_632, 0),
+    "clip-vit-base-patch32": (151_277_313, 0),
+    "clip-vit-base-patch16": (149_620_737, 0),
+    "clip-vit-large-patch14": (427_616_513, 0),
     "vit-mae-base": (111_907_840, 0),
     "vit-mae-large": (329_541_888, 0),
     "deit-tiny-distilled-patch16-224": (5_910_800, -1000 * 193),  # the second head is a mixin of its own

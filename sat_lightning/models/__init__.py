@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sat_lightning.models.cait import CaiT
     from sat_lightning.models.chatglm import ChatGLMModel
     from sat_lightning.models.chatglm2 import ChatGLM2Model, ChatGLM3Model, ChatGLM4Model
+    from sat_lightning.models.clip import CLIP
     from sat_lightning.models.cuda2d import Cuda2dModel
     from sat_lightning.models.distill import DistillModel
     from sat_lightning.models.dpr import DPRContextEncoder, DPRQuestionEncoder, DPRReader
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from sat_lightning.models.yolos import YOLOS
 
 __all__ = [
+    "CLIP",
     "GLM130B",
     "MAE",
     "PRESETS",
@@ -73,6 +75,7 @@ _LAZY = {
     "chatglm": "ChatGLMModel",
     "chatglm2": "ChatGLM2Model ChatGLM3Model ChatGLM4Model",
     "cuda2d": "Cuda2dModel",
+    "clip": "CLIP",
     "distill": "DistillModel",
     "dpr": "DPRContextEncoder DPRQuestionEncoder DPRReader",
     "encoder_decoder": "EncoderDecoderModel",

@@ -51,6 +51,13 @@ _QWEN3: Options = {
 }
 _VIT: Options = {"image_size": [224, 224], "patch_size": 16, "layernorm_epsilon": 1e-12}
 _YOLOS: Options = {**_VIT, "num_det_tokens": 100, "num_det_classes": 92}
+_CLIP: Options = {
+    "projection_dim": 512, "text_num_layers": 12, "text_hidden_size": 512, "text_num_attention_heads": 8,
+    "text_vocab_size": 49408, "text_max_sequence_length": 77, "text_end_token_id": "largest",
+}  # fmt: skip
+_CLIP_LARGE: Options = {
+    **_CLIP, "projection_dim": 768, "text_hidden_size": 768, "text_num_attention_heads": 12, "patch_size": 14,
+}  # fmt: skip
 _MAE: Options = {**_VIT, "dec_num_layers": 8, "dec_hidden_size": 512, "dec_num_attention_heads": 16}
 _T5: Options = {"vocab_size": 32128, "relative_attention_num_buckets": 32}
 _CHATGLM2: Options = {
@@ -163,6 +170,10 @@ PRESETS: dict[str, tuple[str, Options]] = {
     "vit-large-patch16-224": ("ViTModel", {**_VIT, **_sizes(24, 1024, 16)}),
     "deit-tiny-distilled-patch16-224": ("ViTModel", {**_VIT, **_sizes(12, 192, 3, vocab_size=2), "pre_len": 2}),
     "deit-base-distilled-patch16-224": ("ViTModel", {**_VIT, **_sizes(12, 768, 12, vocab_size=2), "pre_len": 2}),
+    "clip-vit-base-patch32": ("CLIP", {**_CLIP, **_sizes(12, 768, 12), "patch_size": 32}),
+    "clip-vit-base-patch16": ("CLIP", {**_CLIP, **_sizes(12, 768, 12), "patch_size": 16}),
+    "clip-vit-large-patch14": ("CLIP", {**_CLIP_LARGE, **_sizes(24, 1024, 16)}),
+    "clip-vit-large-patch14-336": ("CLIP", {**_CLIP_LARGE, **_sizes(24, 1024, 16), "image_size": [336, 336]}),
     "vit-mae-base": ("MAE", {**_MAE, **_sizes(12, 768, 12)}),
     "vit-mae-large": ("MAE", {**_MAE, **_sizes(24, 1024, 16)}),
     "vit-mae-huge": ("MAE", {**_MAE, **_sizes(32, 1280, 16), "patch_size": 14}),
