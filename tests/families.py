@@ -93,6 +93,13 @@ def _masked_image(seed: int) -> dict[str, Any]:
     return {**_image(seed), "bool_masked_pos": order < 3, "num_masked_pos": 6}
 
 
+def _seen(seed: int) -> dict[str, Any]:
+    """Two conversations with one image each, of one feature between its begin and its end."""
+    mask = torch.zeros(2, 9, dtype=torch.long)
+    mask[0, 1:4], mask[1, 4:7] = 1, 1
+    return {"input_ids": ids(seed=seed), "image_embed_mask": mask, "vision_image": _image(seed)["image"]}
+
+
 def _all_scores(returned: Any) -> Tensor:
     return torch.cat([scores.flatten() for scores in returned[0]])
 
@@ -107,6 +114,7 @@ CLIP = {
 }  # fmt: skip
 MAE = {"vocab_size": 1, "dec_num_layers": 1, "dec_hidden_size": 24, "dec_num_attention_heads": 3}
 YOLOS = {"num_det_tokens": 3, "num_det_classes": 5}
+EVA = {"num_layers": 1, "hidden_size": 24, "num_attention_heads": 3, "vocab_size": 1}
 SECOND = {"inputs": _pair, "result": lambda returned: returned[1]}
 
 FAMILIES: dict[str, Family] = {
@@ -190,5 +198,16 @@ FAMILIES: dict[str, Family] = {
         {**IMAGE, "num_classes": 5, "dec_num_layers": 1, "init_scale": 0.5},
         _image,
         lambda returned: returned[1],
+    ),
+    "glm4v": Family(
+        "GLM4VModel",
+        {
+            **CHAT2,
+            "is_gated_mlp": True,
+            "proj_hidden_size": 20,
+            "eva_args": {**EVA, "image_size": [12, 8], "patch_size": 4, "use_final_layernorm": False},
+        },
+        _seen,
+        is_causal=True,
     ),
 }

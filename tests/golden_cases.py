@@ -71,8 +71,23 @@ def interpolate(case):
         case.compare(logits, f"expected.img_{size}.logits")
 
 
+def see(case):
+    """Read with an image, and without one."""
+    given = {name: case.tensors[name] for name in ("image_embed_mask", "vision_input_ids", "vision_image")}
+    calls = {"image": {**given, "output_hidden_states": True}, "textonly": {}}
+    for name, kw in calls.items():
+        with torch.no_grad():
+            logits, *layers = case.model(case.tensors["input_ids"], **kw)
+        case.compare(logits, f"expected.{name}.logits")
+        for layer_id, layer in enumerate(layers):
+            for i, past in enumerate(layer["past_key_values"]):
+                case.compare(past, f"expected.{name}.layer{layer_id}.past_key_values.{i}")
+            if kw:
+                case.compare(layer["hidden_states"], f"expected.{name}.layer{layer_id}.hidden_states")
+
+
 #: Case -> function of the case, which runs what the notes describe and compares.
-PROCEDURES = {"vit_interp": interpolate}
+PROCEDURES = {"glm4v": see, "vit_interp": interpolate}
 #: Case -> arguments of from_pretrained that it needs.
 OPTIONS = {}
 #: Model class -> keywords of every call that the recording set otherwise: MAE's drawing was replaced by a tensor.

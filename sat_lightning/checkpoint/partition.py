@@ -30,6 +30,7 @@ _ROWS = re.compile(
 _COLUMNS = re.compile(
     r"(\.|^)((cross_)?attention\.dense|attention_plus\.dense\.\d+|mlp\.dense_4h_to_h(_\d+)?)\.weight$"
 )
+_IMAGE_ENCODER = re.compile(r"^mixins\.eva\.vit_model\.")
 _EMBEDDING = re.compile(r"(\.|^)transformer\.word_embeddings\.weight$")
 # Heads that SAT cuts; those of other families are whole.
 _HEADS = {
@@ -73,6 +74,8 @@ class Cut:
 
 def find_cut(name: str, config: TransformerConfig, model_class: str) -> Cut | None:
     """Tell how SAT cuts the tensor of that name; None is whole on every rank."""
+    if model_class == "GLM4VModel" and (inner := _IMAGE_ENCODER.sub("", name)) != name:
+        return find_cut(inner, TransformerConfig.from_dict(config.eva_args), "EVA2CLIPModel")  # type: ignore[attr-defined]
     if _QKV.search(name):
         if model_class == "GLM130B":  # fused head by head, so that a cut between heads keeps q, k and v together
             return Cut(0)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sat_lightning.models.eva2 import EVA2Model
     from sat_lightning.models.eva2clip import EVA2CLIPModel
     from sat_lightning.models.glm import GLMModel
+    from sat_lightning.models.glm4v import GLM4VModel
     from sat_lightning.models.glm130b import GLM130B
     from sat_lightning.models.gpt2 import GPT2Model
     from sat_lightning.models.gptneo import GPTNeoModel
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CLIP",
     "GLM130B",
+    "GLM4VModel",
     "MAE",
     "PRESETS",
     "YOLOS",
@@ -82,6 +84,7 @@ _LAZY = {
     "eva2": "EVA2Model",
     "eva2clip": "EVA2CLIPModel",
     "glm": "GLMModel",
+    "glm4v": "GLM4VModel",
     "glm130b": "GLM130B",
     "gpt2": "GPT2Model",
     "gptneo": "GPTNeoModel",

@@ -59,7 +59,7 @@ def _halves(config: TransformerConfig) -> tuple[int, int]:
 
 
 _REPLACED = "mixins.lm.lm_head.weight"
-KEY_MAPS = (
+KEY_MAPS: tuple[KeyMap, ...] = (
     KeyMap(
         model_type="glm",
         architectures=("GlmForCausalLM",),
