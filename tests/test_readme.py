@@ -116,7 +116,7 @@ def test_commands_are_accepted(blocks: list[Block], reader_folder: Path) -> None
         assert [config for config in configs if not Path(config).is_file()] == []
         if arguments[0] in ("fit", "validate", "test", "predict"):
             words = [sys.executable, "-m", "sat_lightning", *arguments, "--print_config"]
-            done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+            done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600)
             assert done.returncode == 0, f"{shlex.join(arguments)}\n{done.stderr}"
             assert "trainer" in yaml.safe_load(done.stdout)
 

@@ -5,8 +5,9 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from sat_lightning import AutoModel
 from sat_lightning.mixins import LMHeadMixin
-from sat_lightning.training import SATLightningModule
+from sat_lightning.training import ExportModel, SATLightningModule
 from sat_lightning.training.flops import count_flops
 from tests.families import FAMILIES, ids
 from tests.training_examples import make_trainer, parameters_of
@@ -41,3 +42,13 @@ def test_operations_of_the_parts_add_up():
     model = FAMILIES["encoder-decoder"].build()
     parts = [count_flops(part, 2, 9, is_training=True) for part in model.parts.values()]
     assert count_flops(model, 2, 9, is_training=True) == sum(parts) > 0
+
+
+def test_what_a_run_exports_is_a_model_folder(tmp_path):
+    task = CopyTask(FAMILIES["t5"].build)
+    trainer: L.Trainer = make_trainer(max_steps=2, callbacks=[ExportModel()], default_root_dir=tmp_path)
+    trainer.fit(task, DataLoader([{"ids": row} for row in ids(8, 7)], batch_size=4))
+    read = AutoModel.from_pretrained(tmp_path / "model")
+    assert type(read) is type(task.model)
+    for name, tensor in task.model.state_dict().items():
+        assert torch.equal(read.state_dict()[name], tensor)

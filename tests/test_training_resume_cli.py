@@ -143,7 +143,7 @@ def test_begin_with_weights_of_a_run_and_of_the_model_folder_beside_it(folder: P
     model = AutoModel.from_pretrained(run / "model")
     for name, value in model.state_dict().items():
         assert torch.equal(value, weights["state_dict"][f"model.{name}"])
-    averaged = AutoModel.from_pretrained(run / "model_ema").state_dict()
+    averaged = AutoModel.from_pretrained(run / "model" / "ema").state_dict()
     for name, average in weights["ema"]["averages"].items():
         assert torch.equal(averaged[name.removeprefix("model.")], average)
     losses = set()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sat_lightning.checkpoint import save_pretrained
 from sat_lightning.checkpoint.split import full_shape, local_part
-from sat_lightning.model import BaseModel
+from sat_lightning.model import AnyModel
 from sat_lightning.training.zero_state import find_fragments, master_dtype
 
 
@@ -42,7 +42,7 @@ def save_consolidated(
 ) -> None:
     """Write the whole weights of a run as `AutoModel.from_pretrained` reads them; every rank has to call this.
 
-    A `BaseModel` in the attribute `model` becomes a model folder, `model.safetensors` and `model_config.json`, in its
+    A model of ours in the attribute `model` becomes a model folder, `model.safetensors` and `model_config.json`, in its
     own names. Of any other LightningModule the first of the two is written, in the names of its `state_dict`. Where the
     run has an `EMA`, its average is written too, as a set of its own in the folder `ema` inside.
 
@@ -68,7 +68,7 @@ def _write_whole(module: Any, folder: str | os.PathLike[str], strategy: Strategy
     if not tensors:
         return
     model = getattr(module, "model", None)
-    if isinstance(model, BaseModel):
+    if isinstance(model, AnyModel):
         own = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
         with _holding(model, own):
             save_pretrained(model, folder)
@@ -79,7 +79,7 @@ def _write_whole(module: Any, folder: str | os.PathLike[str], strategy: Strategy
 
 
 @contextmanager
-def _holding(model: BaseModel, tensors: dict[str, Tensor]) -> Iterator[None]:
+def _holding(model: AnyModel, tensors: dict[str, Tensor]) -> Iterator[None]:
     """Let a model answer with weights gathered elsewhere: who writes model folders need not know of sharding."""
     model.__dict__["state_dict"] = lambda *args, **kwargs: tensors
     try:

@@ -109,8 +109,8 @@ def begin_resume(plan: Resumption, trainer: L.Trainer, config: dict[str, Any]) -
     learned = [name for name in changes if ".optim" in name]
     if learned and not {"optimizer", "scheduler"} <= set(plan.reset):
         rank_zero_warn(
-            f"{', '.join(learned)}: the checkpoint's optimizer and schedule are restored with the values that they had."
-            " What is to count now needs --reset optimizer,scheduler."
+            f"{', '.join(learned)}: learning rates and their schedule are this run's from here on; the optimizer's "
+            "other settings (betas, epsilon, weight decay) are the checkpoint's, unless you give --reset optimizer."
         )
     if trainer.is_global_zero:
         entry: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "checkpoint": str(plan.checkpoint)}

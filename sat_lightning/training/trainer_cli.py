@@ -96,6 +96,9 @@ def _quieten() -> None:
     """Keep advertisements, and warnings that our user can do nothing about, out of the first minute."""
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers")
+    warnings.filterwarnings("ignore", message=r".*torch.distributed.* is deprecated", module="torch|lightning")
+    # Our metrics are means over all ranks before they are logged; Lightning cannot know.
+    warnings.filterwarnings("ignore", message=r"It is recommended to use `self.log\('(train|val|test)_")
     warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
 

@@ -6,7 +6,6 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
-from sat_lightning.training.callbacks.ema import EMA
 from sat_lightning.training.consolidation import save_consolidated
 from sat_lightning.training.runs import is_trial, run_folder
 
@@ -15,11 +14,11 @@ class ExportModel(L.Callback):
     """With every checkpoint write the whole weights as a model folder, which `AutoModel.from_pretrained` reads.
 
     In the run's folder `model/` holds `model.safetensors` and `model_config.json`, in the model's own names; with the
-    `EMA` callback `model_ema/` holds the average. They are those of the newest checkpoint, and at the end those of the
+    `EMA` callback `model/ema/` holds the average. They are those of the newest checkpoint, and at the end those of the
     last step.
 
     Args:
-        folder_name: of the folder, and with `_ema` after it of that of the average.
+        folder_name: of the folder.
     """
 
     def __init__(self, folder_name: str = "model") -> None:
@@ -38,8 +37,4 @@ class ExportModel(L.Callback):
     def _export(self, trainer: L.Trainer) -> Path:
         folder = run_folder(trainer) / self.folder_name
         save_consolidated(trainer, folder)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, EMA) and callback.num_updates:
-                with callback.averaged(trainer):
-                    save_consolidated(trainer, folder.with_name(f"{folder.name}_ema"))
         return folder
