@@ -44,6 +44,7 @@ PUBLISHED = {
     "clip-vit-base-patch32": (151_277_313, 0),
     "clip-vit-base-patch16": (149_620_737, 0),
     "clip-vit-large-patch14": (427_616_513, 0),
+    "cait-s24-224": (46_916_200, 2 * 4 * 385 * 384 + 2 * 768 + 196 * 384),  # what nothing uses in the decoder
     "vit-mae-base": (111_907_840, 0),
     "vit-mae-large": (329_541_888, 0),
     "deit-tiny-distilled-patch16-224": (5_910_800, -1000 * 193),  # the second head is a mixin of its own

@@ -68,6 +68,13 @@ _CHATGLM2: Options = {
     "vocab_size": 65024,
     "max_sequence_length": 32768,
 }
+_GLM4: Options = {**_CHATGLM2, "vocab_size": 151552, "max_sequence_length": 8192, "layernorm_epsilon": 1.5625e-07}
+_EVA: Options = {"image_size": [224, 224], "patch_size": 14, "layernorm_epsilon": 1e-6}
+_CAIT: Options = {"image_size": [224, 224], "patch_size": 16, "dec_num_layers": 2, "init_scale": 1e-5}
+_EVA_CLIP: Options = {
+    "num_layers": 63, "hidden_size": 1792, "num_attention_heads": 16, "inner_hidden_size": 15360,
+    "use_final_layernorm": False, **_EVA,
+}  # fmt: skip
 
 
 def _stretched(factor: float) -> Options:
@@ -154,14 +161,16 @@ PRESETS: dict[str, tuple[str, Options]] = {
     "chatglm-6b": ("ChatGLMModel", _sizes(28, 4096, 32, vocab_size=130528, max_sequence_length=2048)),
     "chatglm2-6b": ("ChatGLM2Model", {**_CHATGLM2, **_sizes(28, 4096, 32)}),
     "chatglm3-6b": ("ChatGLM3Model", {**_CHATGLM2, **_sizes(28, 4096, 32), "max_sequence_length": 8192}),
-    "glm-4-9b": (
-        "ChatGLM4Model",
+    "glm-4-9b": ("ChatGLM4Model", {**_GLM4, **_sizes(40, 4096, 32)}),
+    "glm-4v-9b": (
+        "GLM4VModel",
         {
-            **_CHATGLM2,
+            **_GLM4,
             **_sizes(40, 4096, 32),
-            "vocab_size": 151552,
-            "max_sequence_length": 8192,
-            "layernorm_epsilon": 1.5625e-07,
+            "is_gated_mlp": True,
+            "eva_args": {**_EVA_CLIP, "image_size": [1120, 1120]},
+            "proj_hidden_size": 4096,
+            "image_length": 1600,
         },
     ),
     "glm-130b": ("GLM130B", _sizes(70, 12288, 96, vocab_size=150528, max_sequence_length=2048)),
@@ -170,6 +179,13 @@ PRESETS: dict[str, tuple[str, Options]] = {
     "vit-large-patch16-224": ("ViTModel", {**_VIT, **_sizes(24, 1024, 16)}),
     "deit-tiny-distilled-patch16-224": ("ViTModel", {**_VIT, **_sizes(12, 192, 3, vocab_size=2), "pre_len": 2}),
     "deit-base-distilled-patch16-224": ("ViTModel", {**_VIT, **_sizes(12, 768, 12, vocab_size=2), "pre_len": 2}),
+    "cait-xxs24-224": ("CaiT", {**_CAIT, **_sizes(24, 192, 4)}),
+    "cait-s24-224": ("CaiT", {**_CAIT, **_sizes(24, 384, 8)}),
+    "eva02_L_pt_m38m_p14": (
+        "EVA2Model",
+        {**_EVA, **_sizes(24, 1024, 16, inner_hidden_size=2730, predict_feature_dim=1024)},
+    ),
+    "eva-clip-4b-14-x-drop-last-layer": ("EVA2CLIPModel", _EVA_CLIP),
     "clip-vit-base-patch32": ("CLIP", {**_CLIP, **_sizes(12, 768, 12), "patch_size": 32}),
     "clip-vit-base-patch16": ("CLIP", {**_CLIP, **_sizes(12, 768, 12), "patch_size": 16}),
     "clip-vit-large-patch14": ("CLIP", {**_CLIP_LARGE, **_sizes(24, 1024, 16)}),
