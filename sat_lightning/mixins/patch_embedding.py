@@ -14,13 +14,13 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import ConfigError, InputError
 from sat_lightning.hooks import non_conflict
 from sat_lightning.model import BaseMixin
-from sat_lightning.nn.linear import normal_init
+from sat_lightning.nn.linear import PatchLinear, normal_init
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,11 +87,8 @@ class PatchEmbeddingMixin(BaseMixin):
         super().__init__()
         self.pre_len, self.post_len = config.pre_len, config.post_len
         self.image_shape = [config.in_channels, *config.image_size]
-        size = config.patch_size
-        self.proj = nn.Conv2d(config.in_channels, config.hidden_size, size, stride=size, bias=bias)
-        normal_init(config.init_method_std)(self.proj.weight)
-        if self.proj.bias is not None:
-            nn.init.zeros_(self.proj.bias)
+        init = normal_init(config.init_method_std)
+        self.proj = PatchLinear(config.in_channels, config.hidden_size, config.patch_size, bias, init)
 
     def embed_patches(self, image: Tensor, **kw: Any) -> Tensor:
         """Embed `[b, in_channels, h, w]`, row by row: `[b, patches, c]`; keywords of the call are for subclasses."""

@@ -23,7 +23,7 @@ from sat_lightning.model import BaseMixin, register_model
 from sat_lightning.models.chatglm2 import ChatGLM4Config, ChatGLM4Model
 from sat_lightning.models.eva2clip import EVA2CLIPModel
 from sat_lightning.nn import LayerNorm, Transformer
-from sat_lightning.nn.linear import InitMethod, Linear, normal_init
+from sat_lightning.nn.linear import InitMethod, Linear, PatchLinear, normal_init
 
 _PREFIX = "vision_"
 
@@ -73,9 +73,7 @@ class ImageWordsMixin(BaseMixin):
         image, init = config.image_config(), normal_init(config.init_method_std)
         self.vit_model, self.grid = EVA2CLIPModel(image), image.grid
         width = config.proj_hidden_size or config.hidden_size
-        self.conv = nn.Conv2d(image.hidden_size, width, kernel_size=2, stride=2)
-        init(self.conv.weight)
-        nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
+        self.conv = PatchLinear(image.hidden_size, width, 2, True, init)
         self.linear_proj = _Projection(config, width, init)
         self.boi, self.eoi = (nn.Parameter(torch.zeros(1, 1, config.hidden_size)) for _ in range(2))
 

@@ -45,6 +45,28 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
 
+class PatchLinear(nn.Conv2d):
+    """A linear over squares of pixels that do not overlap, as a convolution; its weight starts by `init_method`.
+
+    Args:
+        in_channels: channels of the image.
+        out_channels: features of a square.
+        size: side of a square.
+        bias: whether to add one; it starts at 0.
+        init_method: fills the weight in place.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, size: int, bias: bool, init_method: InitMethod) -> None:
+        self._init_method = init_method
+        super().__init__(in_channels, out_channels, size, stride=size, bias=bias)
+
+    def reset_parameters(self) -> None:
+        """Fill weight and bias by their rules."""
+        self._init_method(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
 class Embedding(nn.Embedding):
     """`nn.Embedding` whose table starts by `init_method`."""
 
