@@ -1,5 +1,7 @@
 """The image families equal Hugging Face's on random weights, and come back byte for byte."""
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -7,6 +9,7 @@ from torch.testing import assert_close
 
 from sat_lightning import AutoModel
 from sat_lightning.checkpoint.huggingface import save_huggingface
+from sat_lightning.cli import main
 from sat_lightning.errors import ConfigError
 from sat_lightning.models import ViTModel
 from tests.families import FAMILIES
@@ -175,3 +178,18 @@ def test_special_tokens_without_a_place_are_refused(tmp_path):
         save_huggingface(FAMILIES["clip"].build(image_size=8), tmp_path)
     with pytest.raises(ConfigError, match="1 tokens before the patches, 0 after .* here there are 1, 1 and 2. Save it"):
         save_huggingface(ours, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["vit", "yolos-mid", "mae-exact", "clip-ends"])
+def test_convert_verifies_every_format(name, tmp_path, capsys):
+    changes = {"vit": {"vocab_size": 1}, "yolos-mid": {"vocab_size": 4}}.get(name, {"image_size": 8})
+    save_huggingface(FAMILIES[name].build(**changes), tmp_path / "hf")
+    for source, target, to in (("hf", "sat", "sat"), ("sat", "native", "native"), ("native", "back", "hf")):
+        more = ["--model-parallel-size", "2"] if to == "sat" and name in ("vit", "yolos-mid") else []
+        words = ["convert", str(tmp_path / source), str(tmp_path / target), "--to", to, "--verify", *more]
+        main(words)
+        said = capsys.readouterr().out
+        assert float(said.split("maximum difference ")[1].split()[0]) < 1e-5
+        if "hf" in (source, to):
+            assert re.search("outputs of (ViT|Yolos|CLIP)", said), said
+    check_same_files(tmp_path / "hf", tmp_path / "back")
