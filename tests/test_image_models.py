@@ -6,6 +6,7 @@ from torch.testing import assert_close
 
 from sat_lightning import AutoModel
 from sat_lightning.checkpoint import load_checkpoint
+from sat_lightning.checkpoint.huggingface import save_huggingface
 from sat_lightning.errors import CheckpointError, ConfigError, InputError
 from sat_lightning.models import ViTModel
 from tests.families import FAMILIES
@@ -272,3 +273,29 @@ def test_clip_refuses_what_it_cannot_compare(clip):
         clip.encode_text(torch.zeros(1, 13, dtype=torch.long))
     with pytest.raises(ConfigError, match="hidden_act: unknown value 'silu', known are quick_gelu, gelu"):
         clip.config.replace(hidden_act="silu")
+
+
+def test_mae_may_have_more_positions_than_it_uses(tmp_path):
+    mae = FAMILIES["mae"].build(dec_max_sequence_length=11).eval()
+    assert len(mae.decoder.transformer.position_embeddings.weight) == 11
+    assert mae(image=IMAGE)[1].shape == (2, 6, 48)
+    mae.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"has 11 rows and an image of \[12, 8\] 7 tokens"):
+        AutoModel.from_pretrained(tmp_path, image_size=[8, 8], resize_positions="interpolate")
+    with pytest.raises(ConfigError, match="the decoder; here it has 7 tokens and dec_max_sequence_length is 11"):
+        save_huggingface(mae, tmp_path / "hf")
+
+
+def test_mae_draws_inside_one_graph_and_alike_when_recomputed():
+    torch._dynamo.reset()
+    mae = FAMILIES["mae"].build().eval()
+    compiled = torch.compile(mae, fullgraph=True, backend="eager")
+    first, second = (compiled(image=IMAGE)[2][0]["ids_restore"] for _ in range(2))
+    assert not torch.equal(first, second)
+    gradients = []
+    for is_recomputed in (False, True):
+        model = FAMILIES["mae"].build(checkpoint_activations=is_recomputed).train()
+        torch.manual_seed(3)
+        model(image=IMAGE)[1].square().mean().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert_close(*gradients)

@@ -78,6 +78,11 @@ class Resize:
                 f"'{name}' numbers the patches of images of {before.image_size}, the model reads {after.image_size}. "
                 'Ask for resize_positions="interpolate", which stretches it.'
             )
+        if len(tensor) != before.max_sequence_length:
+            raise CheckpointError(
+                f"'{name}' has {len(tensor)} rows and an image of {before.image_size} {before.max_sequence_length} "
+                "tokens, so which row is which patch is unknown. Keep the image size."
+            )
         return interpolate_positions(tensor, own, before, after)
 
 

@@ -9,7 +9,7 @@ Legend: b batch, s length, c hidden size, h and w height and width in pixels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
@@ -63,6 +63,11 @@ class ImageConfig(TransformerConfig):
                 f"vocab_size is {self.vocab_size}, pre_len + post_len is {self.pre_len} + {self.post_len}: every "
                 "special token needs a word. Raise vocab_size."
             )
+
+    def without_image(self, **changes: Any) -> TransformerConfig:
+        """Return the configuration of a transformer of these sizes that reads no image."""
+        sizes = {entry.name: getattr(self, entry.name) for entry in fields(TransformerConfig)}
+        return TransformerConfig(**(sizes | {"extra": {}} | changes))
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -11,7 +11,6 @@ What differs from plain transformers:
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -82,10 +81,8 @@ class CLIPConfig(ImageConfig):
 
     def of_text(self) -> TransformerConfig:
         """Return the text encoder's own configuration."""
-        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(TransformerConfig)}
         given = {name: getattr(self, f"text_{name}") for name in _TEXT_NAMES}
-        changes = {name: value for name, value in given.items() if value is not None}
-        return TransformerConfig(**(shared | changes | {"extra": {}}))
+        return self.without_image(**{name: value for name, value in given.items() if value is not None})
 
 
 class ImageProjectionMixin(BaseMixin):

@@ -33,7 +33,7 @@ from sat_lightning.nn.mlp import gelu
 
 @dataclass(frozen=True, kw_only=True)
 class MAEConfig(ImageConfig, EncoderDecoderConfig):
-    """MAE's options; `dec_max_sequence_length` follows from the image."""
+    """MAE's options."""
 
     position_tables: ClassVar[tuple[str, ...]] = tuple(
         f"{part}.{name}" for part in ("encoder", "decoder") for name in ImageConfig.position_tables
@@ -56,7 +56,13 @@ class MAEConfig(ImageConfig, EncoderDecoderConfig):
 
     def of_decoder(self) -> TransformerConfig:
         """Return the decoder's own configuration."""
-        return super().of_decoder().replace(is_decoder=False, cross_attn_hidden_size=self.cross_attn_hidden_size)
+        sizes = super().of_decoder()
+        assert isinstance(sizes, ImageConfig)
+        return sizes.without_image(
+            is_decoder=False,
+            cross_attn_hidden_size=self.cross_attn_hidden_size,
+            max_sequence_length=self.dec_max_sequence_length or self.max_sequence_length,
+        )
 
 
 class MaskPatchesMixin(BaseMixin):
@@ -138,16 +144,16 @@ class ReconstructMixin(BaseMixin):
 
 
 class PatchDecoder(BaseModel):
-    """A transformer over as many places as the position table has.
+    """A transformer over all patches and the token before them.
 
     Args:
         config: the architecture.
         **transformer_overrides: see `BaseModel`.
     """
 
-    def make_position_ids(self, input_ids: Tensor, **kw: Any) -> Tensor:
-        """Return all, `[1, s]`."""
-        return torch.arange(self.config.max_sequence_length, device=input_ids.device)[None]
+    def make_position_ids(self, input_ids: Tensor, *, ids_restore: Tensor, **kw: Any) -> Tensor:  # type: ignore[override]
+        """Return 0, 1, 2, ... `[1, 1 + patches]`."""
+        return torch.arange(1 + ids_restore.shape[1], device=input_ids.device)[None]
 
 
 @register_model

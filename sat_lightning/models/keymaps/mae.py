@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from sat_lightning.errors import ConfigError
 from sat_lightning.model.keymap import KeyMap, Rule, Squeeze
 from sat_lightning.models.keymaps.common import Values
 from sat_lightning.models.keymaps.vit import (
@@ -34,6 +35,11 @@ def config_from_hf(values: Values) -> dict[str, Any]:
 def config_to_hf(config: Any) -> dict[str, Any]:
     """Write the fields of their config.json."""
     decoder = config.of_decoder()
+    if decoder.max_sequence_length != config.max_sequence_length:
+        raise ConfigError(
+            f"A 'vit_mae' file has a position for every token of the decoder; here it has {config.max_sequence_length} "
+            f"tokens and dec_max_sequence_length is {decoder.max_sequence_length}. Save it native."
+        )
     sizes = {theirs: getattr(decoder, ours) for theirs, (ours, _) in _DECODER.items()}
     sizes |= {"decoder_intermediate_size": decoder.inner_size, "mask_ratio": config.mask_ratio}
     return write_image_config(config, 1) | sizes
