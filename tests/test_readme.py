@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sat_lightning.cli import main
+
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE_NAME = re.compile(r"# ([\w./-]+\.(?:py|yaml))\n")
@@ -80,7 +82,9 @@ def blocks() -> list[Block]:
 def reader_folder(blocks: list[Block], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where a reader stands: the README's named files and the recipes lie there, and Python imports from there."""
     write_named_files(blocks, tmp_path)
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    for name in ("recipes", "tests/data/golden"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
@@ -119,6 +123,20 @@ def test_commands_are_accepted(blocks: list[Block], reader_folder: Path) -> None
             done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600)
             assert done.returncode == 0, f"{shlex.join(arguments)}\n{done.stderr}"
             assert "trainer" in yaml.safe_load(done.stdout)
+
+
+def test_conversions_run(
+    blocks: list[Block], reader_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each conversion runs, in order, and finds what it wrote equal to what it read."""
+    commands = [arguments for command in read_commands(blocks) if (arguments := verb_arguments(command)) is not None]
+    conversions = [arguments for arguments in commands if arguments[0] == "convert"]
+    assert conversions
+    for arguments in conversions:
+        main(arguments)
+    differences = re.findall(r"maximum difference (\S+) ", capsys.readouterr().out)
+    assert len(differences) == sum("--verify" in arguments for arguments in conversions)
+    assert all(float(difference) < 1e-6 for difference in differences)
 
 
 SAMPLE = """
