@@ -125,9 +125,7 @@ def test_commands_are_accepted(blocks: list[Block], reader_folder: Path) -> None
             assert "trainer" in yaml.safe_load(done.stdout)
 
 
-def test_conversions_run(
-    blocks: list[Block], reader_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_conversions_run(blocks: list[Block], reader_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each conversion runs, in order, and finds what it wrote equal to what it read."""
     commands = [arguments for command in read_commands(blocks) if (arguments := verb_arguments(command)) is not None]
     conversions = [arguments for arguments in commands if arguments[0] == "convert"]

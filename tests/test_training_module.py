@@ -267,3 +267,18 @@ def test_resumed_run_goes_on_counting(tmp_path) -> None:
     assert second.lr_scheduler_configs[0].scheduler.last_epoch == 5
     state = second.optimizers[0].state
     assert {int(values["step"]) for values in state.values()} == {5}
+
+
+@pytest.mark.parametrize("is_standing", [True, False])
+def test_a_model_that_was_loaded_for_inference_is_trained_as_one(is_standing: bool) -> None:
+    """`from_pretrained` gives a model in evaluation mode, in which a fine-tune would drop nothing out."""
+    modes = []
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            modes.append(all(module.training for module in pl_module.modules()))
+
+    loaded = make_model().eval()
+    task = LanguageModelingTask(loaded if is_standing else lambda: loaded)
+    make_trainer(2, callbacks=Watch()).fit(task, counting_loader())
+    assert modes == [True, True]

@@ -111,7 +111,6 @@ class SATLightningModule(StepModule):
                 raise ConfigError(
                     f"model builds a {type(model).__name__}, it must build a BaseModel or a ComposedModel."
                 )
-            model.train()  # from_pretrained builds for inference, and Lightning leaves the mode as it is
             self._finish(model)
         datamodule: Any = getattr(self._trainer, "datamodule", None)
         if hasattr(datamodule, "check_model"):
@@ -160,6 +159,8 @@ class SATLightningModule(StepModule):
         return self._flops[key]
 
     def _finish(self, model: AnyModel) -> None:
+        if not model.training:  # from_pretrained builds for inference, and Lightning leaves the mode as it is
+            model.train()
         for name, factory in self._mixin_factories.items():
             model.add_mixin(name, factory(model.config))
         model.reinit(list(self._mixin_factories))
