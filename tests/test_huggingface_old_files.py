@@ -74,3 +74,18 @@ def test_heads_of_pretraining_are_left_behind_by_name(tmp_path):
     with torch.no_grad():
         expected = theirs.eval()(ids).prediction_logits
         torch.testing.assert_close(ours(ids)[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_no_code_ever_read_is_left_behind_and_reported(tmp_path):
+    """T5's published files hold a table of relative positions for cross attention, which has none."""
+    config = transformers.T5Config(vocab_size=30, d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    file, name = (
+        tmp_path / "model.safetensors",
+        "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
+    )
+    save_file(load_file(file) | {name: torch.randn(32, 2)}, file, metadata={"format": "pt"})
+    assert AutoModel.from_pretrained(tmp_path).load_report.renamed == (f"{name}: never used, left behind",)
+    save_file(load_file(file) | {name.replace("layer.1", "layer.0"): torch.randn(2)}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="unexpected decoder.block.0.layer.0.EncDec"):
+        AutoModel.from_pretrained(tmp_path)

@@ -150,7 +150,8 @@ def plan_import(
     plan = Plan([], config, {})
     known = {name for group in groups for name in group.theirs} | key_map.pairs(True).keys()
     known |= {name for template in key_map.buffers for name in fill_theirs(template, key_map, config)}
-    present = {_table_name(name, key_map, known, plan.layout): name for name in source if not matches(name, ignore)}
+    read = [name for name in source if not matches(name, (*ignore, *key_map.unused))]
+    present = {_table_name(name, key_map, known, plan.layout): name for name in read}
     plan.files = {name: actual for name, actual in present.items() if name != actual}
     unread, unfilled = set(present), {n for n in target if not matches(n, (*key_map.derived, *may_miss))}
     unread -= _plan_buffers(plan, key_map, present)

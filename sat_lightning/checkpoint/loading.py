@@ -16,7 +16,7 @@ from sat_lightning.checkpoint.huggingface import RECORD, find_key_map, is_tied, 
 from sat_lightning.checkpoint.keymap import plan_import
 from sat_lightning.checkpoint.migrate import migrate_sat
 from sat_lightning.checkpoint.native import CONFIG_NAME
-from sat_lightning.checkpoint.report import LoadReport, Tolerance, some
+from sat_lightning.checkpoint.report import LoadReport, Tolerance, matches, some
 from sat_lightning.checkpoint.sat import is_sat_folder, open_sat
 from sat_lightning.errors import CheckpointError
 from sat_lightning.model.registry import AnyModel
@@ -152,4 +152,5 @@ def _open_hf(path: Path, model: AnyModel, own: Mapping[str, Tensor]) -> Incoming
     imported = plan.read(tensors, str(path), copied=open_huggingface(path, is_copied=True))
     if RECORD in model.config.extra:
         model.config.extra[RECORD]["layout"] = plan.layout
-    return Incoming(imported, plan.unread, key_map.derived)
+    notes = [f"{name}: never used, left behind" for name in tensors if matches(name, key_map.unused)]
+    return Incoming(imported, plan.unread, key_map.derived, notes=notes)

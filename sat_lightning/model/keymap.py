@@ -114,6 +114,8 @@ class KeyMap:
     """Our names, with `*`, that the constructor makes and theirs lack (`*.inv_freq`)."""
     buffers: Mapping[str, Callable[[Any], Tensor]] = field(default_factory=dict)
     """Their names (templates) that old files carry and the configuration determines; compared, not kept."""
+    unused: tuple[str, ...] = ()
+    """Their names, with `*`, that published files carry and their code never reads: left behind, and reported."""
     fills: Mapping[str, Callable[[Any], Tensor]] = field(default_factory=dict)
     """Their names that are written with a value of their own where our model has nothing to put there."""
     legacy_suffixes: Mapping[str, str] = field(default_factory=dict)

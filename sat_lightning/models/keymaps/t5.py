@@ -127,6 +127,7 @@ KEY_MAPS = (
         tied={"lm_head.weight": "shared.weight"},
         tie_fields=("scale_decoder_outputs", "tie_word_embeddings"),
         is_tied_by_default=True,
+        unused=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
         example=_make_example,
         outputs=(lambda out: out[1], lambda out: out.logits),
         config_from_hf=config_from_hf,
