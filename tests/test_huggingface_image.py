@@ -4,13 +4,13 @@ import re
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from sat_lightning import AutoModel
 from sat_lightning.checkpoint.huggingface import save_huggingface
 from sat_lightning.cli import main
-from sat_lightning.errors import ConfigError
+from sat_lightning.errors import CheckpointError, ConfigError
 from sat_lightning.models import ViTModel
 from tests.families import FAMILIES
 from tests.hf_parity import check_folder_parity, check_same_files, randomise
@@ -137,6 +137,37 @@ def test_clip(end, activation, tmp_path):
             std=0.1,
             bf16_atol=0.2,  # of similarities up to e^2.6
         )
+
+
+def test_the_positions_that_old_clip_files_carry(tmp_path):
+    save_huggingface(FAMILIES["clip-ends"].build(image_size=8), tmp_path / "one")
+    file = tmp_path / "one" / "model.safetensors"
+    places = {
+        f"{part}_model.embeddings.position_ids": torch.arange(n)[None] for part, n in (("text", 12), ("vision", 5))
+    }
+    save_file(load_file(file) | places, file)
+    save_huggingface(AutoModel.from_pretrained(tmp_path / "one"), tmp_path / "two")
+    check_same_files(tmp_path / "one", tmp_path / "two")
+    save_file(load_file(file) | {"text_model.embeddings.position_ids": torch.arange(12).flip(0)[None]}, file)
+    with pytest.raises(CheckpointError, match="'text_model.embeddings.position_ids' is not what the configuration"):
+        AutoModel.from_pretrained(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        ("ViTConfig", {"hidden_act": "relu"}, "a 'vit' has hidden_act='relu', supported is 'gelu'"),
+        ("ViTConfig", {"qkv_bias": False}, "a 'vit' has qkv_bias=False, supported is True"),
+        ("CLIPConfig", {"text_config": {"hidden_act": "gelu"}}, "hidden_act='gelu', supported is 'quick_gelu'"),
+        ("CLIPConfig", {"text_config": {"layer_norm_eps": 1e-6}}, "layer_norm_eps=1e-06, supported is 1e-05"),
+        ("CLIPConfig", {"text_config": {"eos_token_id": [1, 2]}}, r"has eos_token_id=\[1, 2\] in text_config"),
+    ],
+)
+def test_options_that_change_the_forward_are_refused(config, options, message, tmp_path):
+    name = {"ViTConfig": "ViTForImageClassification", "CLIPConfig": "CLIPModel"}[config]
+    getattr(transformers, config)(**options, architectures=[name]).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        AutoModel.from_pretrained(tmp_path, build_only=True)
 
 
 def test_files_with_the_names_of_the_first_transformers_are_read(tmp_path):

@@ -8,7 +8,7 @@ from sat_lightning import AutoModel
 from sat_lightning.checkpoint import load_checkpoint
 from sat_lightning.checkpoint.huggingface import save_huggingface
 from sat_lightning.errors import CheckpointError, ConfigError, InputError
-from sat_lightning.models import ViTModel
+from sat_lightning.models import YOLOS, ViTModel
 from tests.families import FAMILIES
 
 IMAGE = FAMILIES["vit"].inputs(0)["image"]
@@ -299,3 +299,28 @@ def test_mae_draws_inside_one_graph_and_alike_when_recomputed():
         model(image=IMAGE)[1].square().mean().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert_close(*gradients)
+
+
+def test_clip_takes_another_vocabulary(clip, tmp_path):
+    clip.save_pretrained(tmp_path)
+    other = AutoModel.from_pretrained(tmp_path, text_vocab_size=64, resize_vocab="zeros")
+    assert torch.equal(other.encode_text(TEXT)[0], clip.encode_text(TEXT)[0])
+    assert not other.text_encoder.transformer.word_embeddings.weight[60:].any()
+
+
+def test_a_finder_of_objects_begins_as_a_classifier(tmp_path):
+    """SAT's recipe: YOLOS from a ViT, with new tokens, new heads and larger images."""
+    vit = FAMILIES["vit"].build(vocab_size=1).eval()
+    vit.save_pretrained(tmp_path)
+    yolos = YOLOS.from_pretrained(
+        tmp_path, num_det_tokens=3, num_det_classes=7, image_size=[16, 16], layernorm_epsilon=1e-5,
+        resize_vocab="initial", resize_positions="interpolate", may_miss=("mixins.det_head.*",),
+        ignore=("mixins.cls.*",),
+    )  # fmt: skip
+    assert (yolos.config.pre_len, yolos.config.post_len, yolos.config.vocab_size) == (1, 3, 4)
+    assert yolos(image=torch.randn(2, 3, 16, 16))[0]["pred_logits"].shape == (2, 3, 7)
+    before, after = (model.transformer.position_embeddings.weight for model in (vit, yolos))
+    assert torch.equal(after[:1], before[:1])
+    assert len(after) == 1 + 16 + 3
+    same = YOLOS.from_pretrained(tmp_path, num_det_tokens=0, may_miss=("mixins.det_head.*",), ignore=("mixins.cls.*",))
+    assert torch.equal(same.transformer.position_embeddings.weight, before)

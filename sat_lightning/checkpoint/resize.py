@@ -56,11 +56,16 @@ class Resize:
             return tensor
         sizes = (tensor.shape[0], own.shape[0])
         is_position = "position_embeddings" in name
-        if self.vocab and not is_position and sizes == (self.before.vocab_size, self.after.vocab_size):
+        if self.vocab and not is_position and sizes in self._vocabularies():
             return _extend(tensor, own, self.vocab)
         if self.positions and is_position:
             return _extend(tensor, own, self.positions)
         return tensor
+
+    def _vocabularies(self) -> list[tuple[int, int]]:
+        """Return the sizes before and after of every vocabulary; a model of images and texts has one for each."""
+        names = [name for name in ("vocab_size", "text_vocab_size") if hasattr(self.before, name)]
+        return [(getattr(self.before, name), getattr(self.after, name)) for name in names]
 
     def _is_of_patches(self, name: str) -> bool:
         """Tell whether a tensor numbers the patches of an image, and the two models see other images."""

@@ -8,7 +8,7 @@ What differs from ViT:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -40,6 +40,11 @@ class YOLOSConfig(ImageConfig):
     """Kinds of objects, and one for none."""
     has_mid_positions: bool = False
     """A position table between any two layers."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], **how: Any) -> YOLOSConfig:
+        """Read a file; in one of a ViT, what stands after the patches are detection tokens."""
+        return super().from_dict({"num_det_tokens": values.get("post_len", cls.num_det_tokens), **values}, **how)
 
     def __post_init__(self) -> None:
         """Count the special tokens."""
