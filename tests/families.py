@@ -83,6 +83,11 @@ def _captioned(seed: int) -> dict[str, Any]:
     return {**_image(seed), "text_input_ids": text}
 
 
+def _compared(returned: Any) -> Tensor:
+    """Vectors and similarities: these can be near 0 where those are not, and are as exact as those."""
+    return torch.cat([tensor.flatten() for tensor in returned[:3]])
+
+
 def _found(returned: Any) -> Tensor:
     return torch.cat([returned[0]["pred_logits"], returned[0]["pred_boxes"]], dim=-1)
 
@@ -110,7 +115,7 @@ IMAGE = {"vocab_size": 2, "image_size": [12, 8], "patch_size": 4}
 TWO_IMAGES = {"layout": [1, 5, 9], "new_sequence_length": 29, "kernel_size": 2, "kernel_size2": 1}
 CLIP = {
     "vocab_size": 1, "projection_dim": 10, "text_num_layers": 1, "text_hidden_size": 24, "text_num_attention_heads": 3,
-    "text_vocab_size": 60, "text_max_sequence_length": 12,
+    "text_vocab_size": 60, "text_max_sequence_length": 12, "logit_scale_init_value": 0.0,
 }  # fmt: skip
 MAE = {"vocab_size": 1, "dec_num_layers": 1, "dec_hidden_size": 24, "dec_num_attention_heads": 3}
 YOLOS = {"num_det_tokens": 3, "num_det_classes": 5}
@@ -179,12 +184,12 @@ FAMILIES: dict[str, Family] = {
     "vit": Family("ViTModel", {**IMAGE, "num_classes": 5}, _image),
     "deit": Family("ViTModel", {**IMAGE, "num_classes": 5, "pre_len": 2}, _image),
     "yolos": Family("YOLOS", {**IMAGE, **YOLOS}, _image, _found),
-    "clip": Family("CLIP", {**IMAGE, **CLIP}, _captioned, lambda returned: returned[2]),
+    "clip": Family("CLIP", {**IMAGE, **CLIP}, _captioned, _compared),
     "clip-ends": Family(
         "CLIP",
         {**IMAGE, **CLIP, "text_end_token_id": 7, "hidden_act": "gelu", "text_num_layers": 2},
         _captioned,
-        lambda returned: returned[2],
+        _compared,
     ),
     "mae": Family("MAE", {**IMAGE, **MAE}, _noisy, lambda returned: returned[1]),
     "mae-exact": Family(
