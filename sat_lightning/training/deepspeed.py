@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sat_lightning.errors import ConfigError
-from sat_lightning.training.zero_build import cast_buffers, cast_shards
+from sat_lightning.training.zero_build import cast_buffers, cast_shards, split_scalars
 from sat_lightning.training.zero_checkpoint import load_zero_checkpoint, save_zero_checkpoint
 from sat_lightning.training.zero_config import (
     DeepSpeedConfig,
@@ -128,7 +128,7 @@ class SATDeepSpeedStrategy(DeepSpeedStrategy):
         # In fp32 first, see `cast_shards`; and batch sizes play no part in building.
         config |= {"bf16": {"enabled": False}, "fp16": {"enabled": False}}
         config["train_micro_batch_size_per_gpu"] = config["gradient_accumulation_steps"] = 1
-        with deepspeed.zero.Init(remote_device=self.remote_device, config_dict_or_path=config):
+        with split_scalars(deepspeed.zero.Init(remote_device=self.remote_device, config_dict_or_path=config)):
             yield
         cast_shards(self._module, self._dtype)
 

@@ -1,4 +1,6 @@
-"""Building a model in half precision without blurring what must stay exact."""
+"""Building a model that ZeRO-3 splits: every parameter, and in half precision without blurring what must stay exact."""
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,3 +37,25 @@ def cast_shards(module: nn.Module, dtype: torch.dtype) -> None:
         if hasattr(parameter, "ds_tensor"):
             parameter.ds_tensor.data = parameter.ds_tensor.data.to(dtype)
             parameter.data = parameter.data.to(dtype)
+
+
+def split_scalars(init: Any) -> Any:  # noqa: ANN401
+    """Let DeepSpeed's context split parameters without an axis too (CLIP's temperature), which it cannot broadcast.
+
+    Args:
+        init: changed in place.
+
+    Returns:
+        It.
+    """
+    split = init._zero_init_param
+
+    def split_with_axis(parameter: Any) -> None:  # noqa: ANN401
+        shape = parameter.shape
+        if not shape:
+            parameter.data = parameter.data.reshape(1)
+        split(parameter)
+        parameter.ds_shape = shape
+
+    init._zero_init_param = split_with_axis
+    return init
