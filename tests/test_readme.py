@@ -6,6 +6,8 @@ later blocks and commands can use it, as a reader would.
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import os
 import re
 import shlex
@@ -16,8 +18,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lightning import Trainer
 
+from sat_lightning import SATDataModule, TransformerConfig
 from sat_lightning.cli import main
+from sat_lightning.training import DataOptions, OptimConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -135,6 +140,40 @@ def test_conversions_run(blocks: list[Block], reader_folder: Path, capsys: pytes
     differences = re.findall(r"maximum difference (\S+) ", capsys.readouterr().out)
     assert len(differences) == sum("--verify" in arguments for arguments in conversions)
     assert all(float(difference) < 1e-6 for difference in differences)
+
+
+# What `get_args` of SwissArmyTransformer 0.4.12 knows, beside the flags of DeepSpeed's launcher.
+SAT_FLAGS = """
+num-layers hidden-size num-attention-heads vocab-size max-sequence-length layernorm-order inner-hidden-size
+hidden-size-per-attention-head model-parallel-size skip-init use-gpu-initialization num-multi-query-heads is-gated-mlp
+is-rotary-emb layernorm-epsilon hidden-dropout attention-dropout drop-path make-vocab-size-divisible-by parallel-output
+experiment-name train-iters batch-size lr mode seed zero-stage checkpoint-activations checkpoint-num-layers
+checkpoint-skip-layers fp16 bf16 gradient-accumulation-steps profiling epochs log-interval summary-dir save-args
+lr-decay-iters lr-decay-style lr-decay-ratio warmup weight-decay save load force-train save-interval no-save-rng
+no-load-rng resume-dataloader distributed-backend local_rank exit-interval wandb wandb-project-name eval-batch-size
+eval-iters eval-interval strict-eval train-data train-data-weights iterable-dataset iterable-dataset-eval
+batch-from-same-dataset valid-data test-data split num-workers block-size prefetch-factor temperature top_p top_k
+num-beams length-penalty no-repeat-ngram-size min-tgt-length out-seq-length input-source output-path with-id
+max-inference-batch-size device tokenizer-type deepspeed_config
+""".split()
+
+
+def test_every_flag_of_sat_is_mapped_to_a_name_that_exists() -> None:
+    section = (
+        (ROOT / "README.md").read_text(encoding="utf-8").partition("## Coming from SAT\n")[2].partition("\n## ")[0]
+    )
+    named = set(re.findall(r"--([\w-]+)", section))
+    fields = {field.name for field in dataclasses.fields(TransformerConfig)}
+    assert [flag for flag in SAT_FLAGS if flag not in named and flag.replace("-", "_") not in fields] == []
+    known = {
+        "optim": {field.name for field in dataclasses.fields(OptimConfig)},
+        "data.options": {field.name for field in dataclasses.fields(DataOptions)},
+        "data": {"options", *inspect.signature(SATDataModule).parameters},
+        "trainer": {"strategy", *inspect.signature(Trainer.__init__).parameters},
+    }
+    names = re.findall(r"`(data\.options|data|optim|trainer)\.(\w+)", section)
+    assert {place for place, _ in names} == known.keys()
+    assert [f"{place}.{name}" for place, name in names if name not in known[place]] == []
 
 
 SAMPLE = """
