@@ -33,7 +33,7 @@ from sat_lightning.nn.attention_fn import attention_fn_default
 from sat_lightning.nn.linear import Embedding, Linear, normal_init, run_linear, scaled_normal_init, split_last
 from sat_lightning.nn.masks import MaskLike
 
-Bands = tuple[Tensor, Tensor, Tensor]
+Bands = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,11 +166,12 @@ class TwoImagesMixin(BaseMixin):
         query, key, value = (split_heads(x, size) for x in split_last(mixed, attention.sizes))
         bands = kw.get("image_bands") or self._make_bands(query)
         kw["output_cross_layer"]["image_bands"] = bands
-        small, mask = slice(*self.layout[:2]), bands[2].to(query.dtype)
+        tokens, mask = bands[0], bands[1].to(query.dtype)
+        small = slice(*self.layout[:2])
         context = attention_fn_default(
             query.unflatten(2, (self.sides[1], -1)).flatten(0, 1).transpose(0, 1),  # [l1, b * h, l1, d]
-            self._join(near_key[:, :, small], key, bands),
-            self._join(near_value[:, :, small], value, bands),
+            self._gather(near_key[:, :, small], key, tokens),
+            self._gather(near_value[:, :, small], value, tokens),
             mask,
             dropout_of(attention),
             binary_masks=(mask,),
@@ -180,16 +181,13 @@ class TwoImagesMixin(BaseMixin):
         output = run_linear(self.dense[layer_id], "dense_plus", merge_heads(context), **kw)
         return attention.output_dropout(output)
 
-    def _join(self, small: Tensor, large: Tensor, bands: Bands) -> Tensor:
-        """Gather the rows of every band: `[b, h, l0 * l0, d]` and `[b, h, l1 * l1, d]` to `[l1, b * h, n, d]`."""
-        parts = []
-        for image, rows, side in zip((small, large), bands[:2], self.sides, strict=True):
-            grid = image.unflatten(2, (side, side)).flatten(0, 1)  # [b * h, l, l, d]
-            parts.append(grid.index_select(1, rows.flatten()).unflatten(1, rows.shape).flatten(2, 3))
-        return torch.cat(parts, dim=2).transpose(0, 1)
+    def _gather(self, near: Tensor, far: Tensor, tokens: Tensor) -> Tensor:
+        """Gather what every band reads: `[b, h, l0 * l0, d]` and `[b, h, l1 * l1, d]` to `[l1, b * h, n, d]`."""
+        both = torch.cat([near, far], dim=2).flatten(0, 1)
+        return both.index_select(1, tokens.flatten()).unflatten(1, tokens.shape).transpose(0, 1)
 
     def _make_bands(self, like: Tensor) -> Bands:
-        """Return the rows that each band reads of both images `[l1, k]`, and which keys its queries see."""
+        """Return which tokens of both images each band reads `[l1, n]`, and which its queries see `[l1, 1, l1, n]`."""
         (side0, side1), (size1, size0) = self.sides, self.kernel_sizes
         place = torch.arange(side1, device=like.device)
         centre = place * side0 // side1
@@ -201,7 +199,10 @@ class TwoImagesMixin(BaseMixin):
         columns = torch.stack([*[columns1] * (size1 - 1), written], dim=1)  # [l1, k, l1]
         seen0 = inside0[:, None, :, None] & columns0[None, :, None]  # [l1 rows, l1 queries, k, l0]
         seen1 = (rows1 >= 0)[:, None, :, None] & columns[None]
-        return rows0, rows1.clamp(min=0), torch.cat([seen0.flatten(2), seen1.flatten(2)], dim=2)[:, None]
+        tokens0 = rows0[..., None] * side0 + torch.arange(side0, device=like.device)  # [l1, k, l0]
+        tokens1 = rows1.clamp(min=0)[..., None] * side1 + place + side0**2
+        tokens = torch.cat([tokens0.flatten(1), tokens1.flatten(1)], dim=1)
+        return tokens, torch.cat([seen0.flatten(2), seen1.flatten(2)], dim=2)[:, None]
 
 
 def _window(centre: Tensor, size: int, side: int) -> tuple[Tensor, Tensor]:
