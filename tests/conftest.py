@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 
 # Read by the libraries at their import, hence set before any of them is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,6 +25,17 @@ def fixed_seed() -> None:
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_rank() -> Iterator[None]:
+    """A strategy that ran in this process leaves its rank in the environment; processes started later must not take it.
+
+    Of two that inherit the address of a group that stands here, the first cannot listen, and the second waits forever.
+    """
+    yield
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK"):
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(autouse=True)
