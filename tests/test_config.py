@@ -43,7 +43,11 @@ def test_every_field_is_documented():
 def test_a_file_of_sat_is_read_and_written_back_as_it_was(path):
     file = json.loads(path.read_text())
     config = TransformerConfig.from_dict(file)
-    assert list(config.to_dict().items()) == list(file.items())
+    written = config.to_dict()
+    # SAT's T5 has an option of its own with the name and the default of one of ours, which need not be written.
+    left_out = {name for name in file.keys() - written.keys() if file[name] == getattr(TransformerConfig(), name)}
+    assert left_out <= {"init_method_std"}
+    assert list(written.items()) == [(name, value) for name, value in file.items() if name not in left_out]
     assert TransformerConfig.from_dict(json.loads(json.dumps(config.to_dict(everything=True)))) == config
 
 

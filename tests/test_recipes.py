@@ -55,6 +55,7 @@ def test_quickstart_leaves_curves_metrics_samples_and_checkpoint_together(
         "curves.png",
         "metrics.csv",
         "samples.txt",
+        "summary.txt",
     }
     columns = (run / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"train_loss", "val_loss", "val_bits_per_byte", "lr-AdamW/decay", "lr-AdamW/no_decay"} <= set(columns)
