@@ -137,6 +137,11 @@ def test_resume_validate_test_and_predict_read_a_checkpoint(folder: Path) -> Non
         main([verb, "--config", "tiny.yaml", "--data.test", "0.2", "--ckpt_path", checkpoint])
 
 
+def test_evaluating_random_weights_is_said(folder: Path) -> None:
+    with pytest.warns(UserWarning, match="validate: neither --ckpt_path nor --init_from is given, so the weights are"):
+        main(["validate", "--config", "tiny.yaml"])
+
+
 def test_later_words_and_later_configs_win(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "more.yaml").write_text("trainer: {max_steps: 7}\nmodel: {init_args: {optim: {weight_decay: 0.5}}}\n")
     config = printed_config(

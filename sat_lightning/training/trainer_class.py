@@ -10,6 +10,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_warn
 
 from sat_lightning.errors import SatError, UsageError
 from sat_lightning.training.initialise import init_from
@@ -62,6 +63,11 @@ class TrainerCLI(LightningCLI):
             arguments["ckpt_path"] = self.plan.checkpoint
         if config.get("init_from") and (self.plan is None or not self.plan.has_base):
             init_from(self.model, config["init_from"])
+        elif subcommand != "fit" and not arguments.get("ckpt_path"):
+            rank_zero_warn(
+                f"{subcommand}: neither --ckpt_path nor --init_from is given, so the weights are those that the "
+                "configuration builds: random, unless its model reads some."
+            )
         return arguments
 
     def _parse_ckpt_path(self) -> None:
