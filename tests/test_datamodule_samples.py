@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningCLI
 from torch.utils.data import Dataset
 
 from sat_lightning import SATDataModule
-from sat_lightning.data import PadCollate, SampleOptions, Tokenize
+from sat_lightning.data import PadCollate, SampleOptions, Tokenize, WeightedPath
 from sat_lightning.errors import DataError
 from sat_lightning.training import DataOptions, MixtureMonitor
 from tests.test_datamodule import QUIET
@@ -91,6 +91,37 @@ def parse(*arguments: str) -> SATDataModule:
     return LightningCLI(
         Recorder, L.LightningDataModule, args=words, seed_everything_default=False, **settings
     ).datamodule
+
+
+class Talks(Dataset):
+    """A user's rows of text."""
+
+    def __len__(self) -> int:
+        return 7
+
+    def __getitem__(self, index: int) -> dict[str, str]:
+        return {"prompt": "Q", "answer": "A" * (index + 1)}
+
+
+def make_talks(path: str) -> Talks:
+    return Talks()
+
+
+def shout(row: dict[str, Any]) -> dict[str, str]:
+    return {name: text.upper() for name, text in row.items()}
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_tokens": 32}, {"bucket_size": 20}])
+def test_text_of_own_data_and_functions_is_tokenized(chat: str, settings: dict[str, int]) -> None:
+    paths = [
+        WeightedPath(chat, process_fn=f"{THIS}.shout"),
+        WeightedPath("any", create_dataset=f"{THIS}.make_talks"),
+        WeightedPath(dataset=Talks(), process_fn=shout, name="talks"),
+    ]
+    data = SATDataModule(paths, 16, 4, validation=0, options=options_of(chat, **settings))
+    ids = [n for batch in data.train_dataloader() for n in batch["input_ids"].flatten().tolist()]
+    assert ids.count(ord("A")) == sum(n % 5 + 1 for n in range(60)) + 2 * sum(range(1, 8))
+    assert ord("a") not in ids and ids.count(ord("Q")) == sum(n % 9 + 1 for n in range(60)) + 2 * 7
 
 
 @pytest.mark.filterwarnings("ignore:LightningCLI's args")

@@ -1,6 +1,6 @@
 """Rows of files as samples of their own, rather than text that runs together: opened, and packed if asked for."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,7 +10,8 @@ from sat_lightning.data.documents import PackedDocuments
 from sat_lightning.data.entries import WeightedPath
 from sat_lightning.data.lengths import token_lengths
 from sat_lightning.data.mixed import Rows
-from sat_lightning.data.records import open_records
+from sat_lightning.data.records import identify_rows, open_records
+from sat_lightning.data.samples import resolve_process
 from sat_lightning.data.sources import SourceOptions
 from sat_lightning.data.tokenizer import Tokenizer
 from sat_lightning.data.transforms import ProcessedRecords, Tokenize
@@ -22,7 +23,8 @@ class SampleOptions:
     """How a row of a file becomes a sample: its fields tokenized, one after the other, then padded or packed."""
 
     fields: list[str] = field(default_factory=lambda: ["text"])
-    """Fields of text of a row, in order; a source's own `process_fn` takes the place of tokenizing them."""
+    """Fields of text of a row, in order. What own data or a `process_fn` gives is tokenized, too, unless it has
+    `input_ids` already."""
     learned: list[str] | None = None
     """Those whose tokens are targets, for instance the answer but not the prompt; default all."""
     add_end: bool = True
@@ -70,7 +72,9 @@ class SampleReading:
         else:
             cache = {} if self.cache_dir is None else {"cache_dir": self.cache_dir}
             records = open_records(source.path, **{**cache, **given})
-        process = source.process_fn
+        process: Any = resolve_process(source.process_fn)
+        if self.options is not None and source.has_own_samples and not hasattr(records, "num_tokens"):
+            process = _Completed(process, self._tokenize(options))
         if process is None and source.has_own_samples:
             return records
         return ProcessedRecords(
@@ -103,6 +107,23 @@ class SampleReading:
             "truncate" if options.too_long == "truncate" else "raise",
             options.add_end,
         )
+
+
+class _Completed:
+    """What a user's function gives, or their data, tokenized where it still is text."""
+
+    def __init__(self, process_fn: Callable[[Any], Any] | None, tokenize: Tokenize) -> None:
+        self.process_fn, self.tokenize = process_fn, tokenize
+
+    def __call__(self, row: Any) -> Any:  # noqa: ANN401 - what a user makes of it
+        sample = row if self.process_fn is None else self.process_fn(row)
+        is_text = isinstance(sample, Mapping) and "input_ids" not in sample
+        return self.tokenize(dict(sample)) if is_text else sample
+
+    def fingerprint(self) -> str | None:
+        """Identify what comes out, if the user's function can be identified."""
+        own = "" if self.process_fn is None else identify_rows(self.process_fn)
+        return None if own is None else f"{own} {self.tokenize.fingerprint()}"
 
 
 def check_rows(dataset: Dataset[Any]) -> Rows:
