@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from collections.abc import Iterator
 
 # Read by the libraries at their import, hence set before any of them is imported.
@@ -36,6 +37,14 @@ def no_rank() -> Iterator[None]:
     yield
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK"):
         os.environ.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def no_remote_files() -> None:
+    """What a test put under `memory://` is gone for the next one, whichever that is."""
+    if memory := sys.modules.get("fsspec.implementations.memory"):
+        memory.MemoryFileSystem.store.clear()
+        memory.MemoryFileSystem.pseudo_dirs[:] = [""]
 
 
 @pytest.fixture(autouse=True)
