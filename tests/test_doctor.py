@@ -28,8 +28,9 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # Limits are for what never comes: what comes slowly on a busy machine is waited for.
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    was_initialized = torch.distributed.is_initialized()
     yield
-    assert not torch.distributed.is_initialized()
+    assert torch.distributed.is_initialized() == was_initialized
 
 
 def be_rank(monkeypatch: pytest.MonkeyPatch, rank: int, num_ranks: int, port: int) -> None:
@@ -52,6 +53,17 @@ def test_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[1].split()[:2] == ["0", socket.gethostname()] and torch.__version__ in lines[1]
     assert lines[2] == "started by: alone"
     assert lines[3].startswith("all-reduce (gloo): ") and lines[-1] == "ok: 1 rank can train together"
+
+
+def test_a_group_of_the_caller_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    was_initialized = torch.distributed.is_initialized()
+    if not was_initialized:
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    main(["doctor", "--accelerator", "cpu"])
+    assert torch.distributed.is_initialized() and "ok: 1 rank can train" in capsys.readouterr().out
+    if not was_initialized:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.timeout(600)

@@ -176,15 +176,17 @@ def all_reduce(place: Place, store: Store, options: argparse.Namespace) -> dict[
     )  # a wait that ends in an error, not in the end of the process
     limit, num_megabytes = timedelta(seconds=options.timeout), 64 if is_cuda else 4
     try:
+        group, rank, num_ranks = PrefixStore("group", store), place.rank, place.num_ranks
         if is_cuda:
             torch.cuda.set_device(device)
-        group, rank, num_ranks = PrefixStore("group", store), place.rank, place.num_ranks
-        dist.init_process_group(backend, store=group, rank=rank, world_size=num_ranks, timeout=limit)
+            dist.init_process_group(backend, store=group, rank=rank, world_size=num_ranks, timeout=limit)
+        # On CPUs a group of our own: a process that calls us may have one already.
+        gloo: Any = None if is_cuda else dist.ProcessGroupGloo(group, rank, num_ranks, limit)
         seconds = []
         for size in (1, 1, num_megabytes << 18):
             numbers = torch.full((size,), place.rank + 1.0, device=device)
             start = time.perf_counter()
-            dist.all_reduce(numbers)
+            dist.all_reduce(numbers) if gloo is None else gloo.allreduce([numbers]).wait()
             total = numbers[-1].item()  # waits
             seconds.append(time.perf_counter() - start)
             if total != (expected := place.num_ranks * (place.num_ranks + 1) / 2):
@@ -192,10 +194,6 @@ def all_reduce(place: Place, store: Store, options: argparse.Namespace) -> dict[
     except Exception as error:
         hint = "NCCL_SOCKET_IFNAME and NCCL_DEBUG=INFO" if is_cuda else "GLOO_SOCKET_IFNAME"
         return {"error": f"{_first_line(error)} See {hint} if the network has several interfaces."}
-    finally:
-        # NCCL that has failed may not return from this; the process ends soon anyway.
-        if dist.is_initialized() and not is_cuda:
-            dist.destroy_process_group()
     rate = num_megabytes / 1024 / seconds[-1]
     text = f"all-reduce ({backend}): {1e3 * seconds[1]:.2f} ms for one number, {rate:.2f} GiB/s for {num_megabytes} MiB"
     return {"text": text}
