@@ -171,9 +171,8 @@ def all_reduce(place: Place, store: Store, options: argparse.Namespace) -> dict[
     """
     is_cuda = options.accelerator == "cuda"
     device, backend = (f"cuda:{place.local_rank}", "nccl") if is_cuda else ("cpu", "gloo")
-    os.environ.setdefault(
-        "TORCH_NCCL_BLOCKING_WAIT", "1"
-    )  # a wait that ends in an error, not in the end of the process
+    # A wait that ends in an error, not in the end of the process.
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     limit, num_megabytes = timedelta(seconds=options.timeout), 64 if is_cuda else 4
     try:
         group, rank, num_ranks = PrefixStore("group", store), place.rank, place.num_ranks
