@@ -32,6 +32,24 @@ def sample_token(
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
+def draw_token(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw one token from each row with the row's own number, by the inverse of the cumulative distribution.
+
+    Args:
+        logits: `[b, v]`; a token of -inf is never drawn.
+        uniforms: `[b]` in [0, 1).
+
+    Returns:
+        Ids `[b]`: the same for the same row and number, whatever rows are beside it.
+    """
+    wide = torch.float32 if logits.device.type == "mps" else torch.float64
+    cumulative = logits.float().softmax(-1).to(wide).cumsum(-1)
+    total = cumulative[:, -1:]
+    # The largest number below the total: rounding must not lead behind the last possible token.
+    places = torch.minimum(uniforms[:, None].to(wide) * total, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, places, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+
+
 @torch.no_grad()
 def sample_continuation(
     score: Callable[[Tensor], Tensor],

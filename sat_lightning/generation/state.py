@@ -1,0 +1,196 @@
+"""Where a generation stands: the tokens so far, which rows are done, and the chance each row draws from.
+
+Legend: b rows, s columns of the prompts, n columns in all (prompts and room for what is generated), v vocabulary.
+
+A state belongs to one call. The caller of a strategy drives it:
+
+    state = strategy.start(DecodingState.create(prompts, max_new_tokens, seed=0, end_tokens=(2,)))
+    reorder_cache(state.extras.get("beam_indices"))     # None: the rows are as they were
+    while state.length < state.capacity:
+        next_tokens, state = strategy.step(logits, state)   # logits [b, v] of the newest token of each row
+        state.append(next_tokens)
+        reorder_cache(state.extras.get("beam_indices"))
+        if state.all_done():                             # the one look at the device; every n tokens if wished
+            break
+        logits = model(next_tokens...)
+    results = strategy.finalize(state)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sat_lightning.errors import ConfigError, InputError
+
+#: What stands in a place of `DecodingState.tokens` that holds no token.
+NO_TOKEN: Final = -1
+
+
+@dataclass(eq=False)
+class DecodingState:
+    """The state of one call; a strategy keeps what it needs between steps in `extras`, never in itself."""
+
+    tokens: Tensor
+    """`[b, n]` int64: prompts aligned to the right of their s columns, -1 before them; then what is generated, -1 where
+    nothing is yet and behind a row's end."""
+    prompt_length: int
+    """s: generated tokens begin at this column in every row."""
+    length: int
+    """Columns filled so far; a number of the host, so that nobody has to ask the device."""
+    is_done: Tensor
+    """`[b]` bool: rows that have ended."""
+    uniforms: Tensor | None = None
+    """`[b, n - s]` float64 in [0, 1): one number for each row and step, made by `draw_uniforms`."""
+    extras: dict[str, Any] = field(default_factory=dict)
+    """What a strategy keeps for itself. `beam_indices` `[b]`, if it is there and not None, says from which row each
+    row of the newest step comes: the caller reorders its cache by it."""
+    end_tokens: Tensor | None = None
+    """`[number]` ids on the device that end a row, or None."""
+    seed: int | None = None
+    """Of `uniforms`; None takes one from torch's global generator."""
+    row_ids: tuple[int, ...] = ()
+    """A number for each row that its chance depends on, beside the seed: the place of its prompt among all prompts."""
+    failed_at: Tensor = field(default_factory=lambda: torch.empty(0))
+    """`[b]`: twice the first step whose logits were useless (plus 1 where no token was allowed), or -1."""
+
+    @classmethod
+    def create(
+        cls,
+        prompts: Tensor,
+        max_new_tokens: int,
+        *,
+        seed: int | None = None,
+        row_ids: Sequence[int] | None = None,
+        end_tokens: Sequence[int] = (),
+    ) -> DecodingState:
+        """Make the state that a generation begins with.
+
+        Args:
+            prompts: `[b, s]` ids, shorter ones with -1 on the left.
+            max_new_tokens: how many columns to leave for what is generated.
+            seed: of the draws. Default: one from torch's global generator, if the strategy draws.
+            row_ids: see the field. Default: 0, 1, 2...
+            end_tokens: ids that end a row, beside those of the strategy.
+
+        Raises:
+            InputError: if the prompts are no `[b, s]` or a row ends without a token.
+            ConfigError: if `max_new_tokens` or the seed is negative.
+        """
+        if prompts.dim() != 2 or prompts.numel() == 0:
+            raise InputError(f"prompts must be ids [b, s] of at least one token each, not {list(prompts.shape)}.")
+        for name, value in (("max_new_tokens", max_new_tokens), ("seed", seed or 0)):
+            if value < 0:
+                raise ConfigError(f"{name} must be at least 0, not {value}.")
+        num_rows, prompt_length = prompts.shape
+        room = prompts.new_full((num_rows, max_new_tokens), NO_TOKEN, dtype=torch.int64)
+        state = cls(
+            tokens=torch.cat([prompts.long(), room], dim=1),
+            prompt_length=prompt_length,
+            length=prompt_length,
+            is_done=torch.zeros(num_rows, dtype=torch.bool, device=prompts.device),
+            seed=seed,
+            row_ids=tuple(range(num_rows)) if row_ids is None else tuple(row_ids),
+            failed_at=torch.full((num_rows,), -1, device=prompts.device),
+        )
+        state.add_end_tokens(end_tokens)
+        return state
+
+    @property
+    def capacity(self) -> int:
+        """n, the columns there are."""
+        return self.tokens.shape[1]
+
+    @property
+    def num_generated(self) -> int:
+        """Columns filled behind the prompts, which is also the number of the present step."""
+        return self.length - self.prompt_length
+
+    def add_end_tokens(self, end_tokens: Sequence[int]) -> None:
+        """Let these ids, too, end a row."""
+        if end_tokens:
+            more = torch.tensor(list(end_tokens), device=self.tokens.device)
+            self.end_tokens = more if self.end_tokens is None else torch.cat([self.end_tokens, more]).unique()
+
+    def draw_uniforms(self) -> None:
+        """Make `uniforms` if there are none: those of a row depend on the seed and its row id, on nothing else."""
+        if self.uniforms is not None:
+            return
+        if self.seed is None:
+            self.seed = int(torch.randint(2**62, (), device="cpu").item())
+        num_steps = self.capacity - self.prompt_length
+        rows = [np.random.default_rng((self.seed, row)).random(num_steps) for row in self.row_ids]
+        self.uniforms = torch.from_numpy(np.stack(rows)).to(self.tokens.device)
+
+    def repeat_rows(self, num_copies: int) -> Tensor:
+        """Put `num_copies` of each row where the row was; returns from which row each comes, `[b * num_copies]`."""
+        indices = torch.arange(len(self.tokens), device=self.tokens.device).repeat_interleave(num_copies)
+        self.tokens, self.is_done = self.tokens[indices], self.is_done[indices]
+        self.failed_at = self.failed_at[indices]
+        self.uniforms = None if self.uniforms is None else self.uniforms[indices]
+        self.row_ids = tuple(row for row in self.row_ids for _ in range(num_copies))
+        return indices
+
+    def append(self, next_tokens: Tensor) -> None:
+        """Write one token to each row that is not done; an end token is written, and ends its row.
+
+        Args:
+            next_tokens: `[b]` ids; what they are in rows that are done does not matter.
+
+        Raises:
+            InputError: if no column is left.
+        """
+        if self.length >= self.capacity:
+            raise InputError(f"no room for another token: all {self.capacity} columns of the state are filled.")
+        self.tokens[:, self.length] = next_tokens.masked_fill(self.is_done, NO_TOKEN)
+        if self.end_tokens is not None:
+            self.is_done = self.is_done | torch.isin(next_tokens, self.end_tokens)
+        self.length += 1
+
+    def note_best(self, best: Tensor) -> None:
+        """Remember rows whose best logit `[b]` is not a number (or infinite): `all_done` raises for them."""
+        is_new = ~best.isfinite() & ~self.is_done & (self.failed_at < 0)
+        code = 2 * self.num_generated + (best == -torch.inf).long()
+        self.failed_at = torch.where(is_new, code, self.failed_at)
+
+    def all_done(self) -> bool:
+        """Ask the device, once, whether every row has ended.
+
+        Raises:
+            InputError: if logits were NaN or infinite, or no token was allowed, naming the step and the row.
+        """
+        is_over, has_failed = torch.stack([self.is_done.all(), (self.failed_at >= 0).any()]).tolist()
+        if has_failed:
+            self._raise_failure()
+        return is_over
+
+    def _raise_failure(self) -> None:
+        codes = self.failed_at.tolist()
+        row = next(row for row, code in enumerate(codes) if code >= 0)
+        step, nothing_allowed = divmod(codes[row], 2)
+        if nothing_allowed:
+            cure = "bad words, invalid slices and constraints together leave nothing; allow at least an end token."
+            raise InputError(f"step {step}, row {row}: no token is allowed: {cure}")
+        cure = "Look at the weights and the dtype (fp16 overflows where bf16 does not)."
+        raise InputError(f"step {step}, row {row}: the logits are NaN or infinite. {cure}")
+
+
+@dataclass(frozen=True, eq=False)
+class Hypothesis:
+    """One finished text of a prompt."""
+
+    tokens: Tensor
+    """`[length]` ids: the prompt without padding, then what was generated, the end token included."""
+    score: float | None = None
+    """What the strategy ranks by (beam search: the normalised sum of log-probabilities), or None."""
+
+
+def read_rows(state: DecodingState) -> list[Tensor]:
+    """Take each row of the state without the places that hold no token, on the device of the state."""
+    rows = state.tokens[:, : state.length]
+    return [row[row != NO_TOKEN] for row in rows]
