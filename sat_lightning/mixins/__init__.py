@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sat_lightning.mixins.cached_autoregressive import CachedAutoregressiveMixin
     from sat_lightning.mixins.distilled_classifier import DistilledClassifierMixin
     from sat_lightning.mixins.gated_mlp import GatedMLPMixin
     from sat_lightning.mixins.lm_head import LMHeadMixin
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from sat_lightning.mixins.token_types import TokenTypesMixin
 
 __all__ = [
+    "CachedAutoregressiveMixin",
     "DistilledClassifierMixin",
     "GatedMLPMixin",
     "ImageConfig",
@@ -40,6 +42,7 @@ __all__ = [
 
 # The names of each module.
 _LAZY = {
+    "cached_autoregressive": "CachedAutoregressiveMixin",
     "distilled_classifier": "DistilledClassifierMixin",
     "gated_mlp": "GatedMLPMixin",
     "lm_head": "LMHeadMixin",

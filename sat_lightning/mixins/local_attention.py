@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sat_lightning.hooks import non_conflict, passes_mask
 from sat_lightning.model import BaseMixin
-from sat_lightning.nn.masks import lower_right_causal
+from sat_lightning.nn.masks import lower_right_causal, reach_back, waiting_keys
 
 
 class LocalAttentionMixin(BaseMixin):
@@ -45,17 +45,20 @@ class LocalAttentionMixin(BaseMixin):
         **kw: Any,
     ) -> Tensor:
         """Narrow the mask of self-attention."""
-        length = key.shape[2] - kw.get("appended_keys", 0)
+        appended = kw.get("appended_keys", 0)
+        waiting = waiting_keys(kw)
+        length = waiting + key.shape[2] - appended
         window = self.windows[kw["layer_id"]]
         is_narrowed = self.is_causal or (window is not None and window < length)
         if is_narrowed and not kw.get("cross_attention"):
-            mask, kw = self._narrow(mask, kw, query, key, length, window)
+            mask, kw = reach_back(mask, waiting, key.shape[2], kw)
+            mask, kw = self._narrow(mask, kw, query, length, appended, window)
         return old_impl(query, key, value, mask, dropout_fn, **kw)
 
     def _narrow(
-        self, mask: Tensor, kw: dict[str, Any], query: Tensor, key: Tensor, length: int, window: int | None
+        self, mask: Tensor, kw: dict[str, Any], query: Tensor, length: int, appended: int, window: int | None
     ) -> tuple[Tensor, dict[str, Any]]:
-        num_queries, appended = query.shape[2], key.shape[2] - length
+        num_queries = query.shape[2]
         causal = lower_right_causal(num_queries, length, query.device)
         is_full, is_causal = mask is kw.get("full_mask"), mask is kw.get("causal_mask")
         band = causal if self.is_causal or is_causal else torch.ones_like(causal)

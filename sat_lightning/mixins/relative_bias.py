@@ -16,6 +16,7 @@ from sat_lightning.config import TransformerConfig
 from sat_lightning.hooks import non_conflict, passes_mask
 from sat_lightning.model import BaseMixin
 from sat_lightning.nn.linear import Embedding, normal_init
+from sat_lightning.nn.masks import waiting_keys
 
 
 def relative_buckets(
@@ -88,14 +89,14 @@ class RelativeBiasMixin(BaseMixin):
         if kw.get("cross_attention"):
             return old_impl(query, key, value, mask, dropout_fn, **kw)
         if position_bias is None:
-            position_bias = self._bias(query, key, kw.get("appended_keys", 0))
+            length = key.shape[2] + waiting_keys(kw)
+            position_bias = self._bias(query, length, kw.get("appended_keys", 0))
         kw["output_cross_layer"]["position_bias"] = position_bias
         given = kw.pop("log_attention_weights", None)
         bias = position_bias if given is None else position_bias + given
         return old_impl(query, key, value, mask, dropout_fn, log_attention_weights=bias, **kw)
 
-    def _bias(self, query: Tensor, key: Tensor, appended_keys: int) -> Tensor:
-        length = key.shape[2] - appended_keys
-        buckets = relative_buckets(query.shape[2], length, device=query.device, **self.buckets)  # type: ignore[arg-type]
+    def _bias(self, query: Tensor, length: int, appended_keys: int) -> Tensor:
+        buckets = relative_buckets(query.shape[2], length - appended_keys, device=query.device, **self.buckets)  # type: ignore[arg-type]
         bias = self.relative_attention_bias(buckets).permute(2, 0, 1)[None]  # [1, h, s, t]
         return nn.functional.pad(bias, (0, appended_keys)) if appended_keys else bias

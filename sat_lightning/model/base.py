@@ -19,7 +19,7 @@ from sat_lightning.model.keymap import KeyMap
 from sat_lightning.model.mixin import BaseMixin
 from sat_lightning.model.persistence import Persistent
 from sat_lightning.nn.linear import Embedding
-from sat_lightning.nn.masks import MaskLike
+from sat_lightning.nn.masks import MaskLike, waiting_keys
 from sat_lightning.nn.transformer import Transformer
 
 
@@ -111,9 +111,10 @@ class BaseModel(Persistent, nn.Module):
             raise
 
     def make_position_ids(self, input_ids: Tensor, **kw: Any) -> Tensor | None:
-        """Return the positions of a family whose caller gave none: 0, 1, 2, ... `[1, s]`."""
-        self.check_length(input_ids.shape[1])
-        return torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        """Return the positions of a family whose caller gave none, `[1, s]`: 0, 1, 2, ..., or on from `mems`."""
+        start = waiting_keys(kw)
+        self.check_length(start + input_ids.shape[1])
+        return torch.arange(start, start + input_ids.shape[1], device=input_ids.device)[None]
 
     def make_attention_mask(self, input_ids: Tensor, **kw: Any) -> MaskLike:
         """Return the mask of a family whose caller gave none."""

@@ -26,7 +26,7 @@ from sat_lightning.mixins import LMHeadMixin, PastKeyValuesMixin, RotaryMixin
 from sat_lightning.model import BaseModel, register_model
 from sat_lightning.model.base import OMITTED, read_config
 from sat_lightning.nn import Transformer
-from sat_lightning.nn.blank_filling import blank_filling
+from sat_lightning.nn.blank_filling import blank_filling, require_whole_text
 from sat_lightning.nn.masks import MaskLike
 
 Past = Sequence[tuple[Tensor, Tensor] | None] | None
@@ -112,11 +112,11 @@ class ChatGLMModel(BaseModel):
 
     def make_position_ids(self, input_ids: Tensor, **kw: Any) -> Tensor:
         """Return both rows `[b, 2, s]`."""
-        return self._lay_out(input_ids)[0]
+        return self._lay_out(input_ids, kw)[0]
 
     def make_attention_mask(self, input_ids: Tensor, **kw: Any) -> MaskLike:
         """Return the mask of prompt and answer, `[b, 1, s, s]`."""
-        return self._lay_out(input_ids)[1]
+        return self._lay_out(input_ids, kw)[1]
 
     def read_attention_mask(self, attention_mask: MaskLike, input_ids: Tensor) -> MaskLike:
         """Read True as masked."""
@@ -133,15 +133,16 @@ class ChatGLMModel(BaseModel):
                     f"The past holds {length} tokens and input_ids {input_ids.shape[1]}: the place of the new one is "
                     f"unknown. Pass all {length + 1} ids, or position_ids [batch, 2, 1]."
                 )
-            position_ids = self._lay_out(input_ids)[0]
+            position_ids = self._lay_out(input_ids, {})[0]
         if attention_mask is OMITTED:
             # The layout's own mask is 1 where visible; read_attention_mask must not flip it.
-            attention_mask = self._lay_out(input_ids)[1][..., -1:, :].int() if is_whole else None
+            attention_mask = self._lay_out(input_ids, {})[1][..., -1:, :].int() if is_whole else None
         elif isinstance(attention_mask, Tensor):
             attention_mask = attention_mask[..., -1:, :]
         return position_ids[..., -1:], attention_mask
 
-    def _lay_out(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def _lay_out(self, input_ids: Tensor, kw: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        require_whole_text(kw)
         config = self.config
         mask_ids = (config.gmask_token_id, config.mask_token_id)
         return blank_filling(input_ids, start_id=config.bos_token_id, mask_ids=mask_ids, pad_id=config.pad_token_id)

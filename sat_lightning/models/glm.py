@@ -19,7 +19,7 @@ from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import InputError
 from sat_lightning.model import BaseMixin, BaseModel, register_model
 from sat_lightning.nn import Transformer
-from sat_lightning.nn.blank_filling import blank_filling
+from sat_lightning.nn.blank_filling import blank_filling, require_whole_text
 from sat_lightning.nn.linear import Embedding, normal_init
 from sat_lightning.nn.masks import MaskLike
 
@@ -74,17 +74,19 @@ class GLMModel(BaseModel):
 
     def make_position_ids(self, input_ids: Tensor, **kw: Any) -> Tensor:
         """Return both rows, `[b|1, 2, s]`."""
-        self.check_length(input_ids.shape[1])
         if self.config.sop_token_id is not None:
-            return self._lay_out(input_ids)[0]
-        places = torch.arange(input_ids.shape[1], device=input_ids.device)
-        return torch.stack([places, torch.zeros_like(places)])[None]
+            self.check_length(input_ids.shape[1])
+            return self._lay_out(input_ids, kw)[0]
+        places = super().make_position_ids(input_ids, **kw)
+        assert places is not None
+        return torch.stack([places, torch.zeros_like(places)], dim=1)
 
     def make_attention_mask(self, input_ids: Tensor, **kw: Any) -> MaskLike:
         """Return the mask of the blank where it is known, else full."""
-        return None if self.config.sop_token_id is None else self._lay_out(input_ids)[1]
+        return None if self.config.sop_token_id is None else self._lay_out(input_ids, kw)[1]
 
-    def _lay_out(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def _lay_out(self, input_ids: Tensor, kw: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        require_whole_text(kw)
         start = self.config.sop_token_id
         assert start is not None
         return blank_filling(input_ids, start_id=start, mask_ids=self.config.mask_token_ids)

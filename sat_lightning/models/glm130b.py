@@ -134,7 +134,8 @@ class GLM130B(BaseModel):
 
     def make_position_ids(self, input_ids: Tensor, **kw: Any) -> Tensor:
         """Return 0, 1, 2, ..., with a second row of zeros where positions have two."""
-        places = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        places = super().make_position_ids(input_ids, **kw)
+        assert places is not None
         return torch.stack([places, torch.zeros_like(places)], dim=1) if self.config.position_encoding_2d else places
 
     def read_attention_mask(self, attention_mask: MaskLike, input_ids: Tensor) -> MaskLike:

@@ -139,9 +139,12 @@ class CrossAttention(nn.Module):
             key, value = (split_heads(x, self.hidden_size_per_attention_head) for x in split_last(mixed, self.sizes))
         else:
             key, value = encoder_outputs[kw["layer_id"]]
+        given = (key, value)
+        if key.shape[0] != query.shape[0]:  # one text read, several written
+            key, value = (x.expand(query.shape[0], -1, -1, -1) for x in given)
         context = hooks.attention_fn(
             query, key, value, cross_attention_mask, dropout_of(self),
-            hooks=hooks, **{**kw, "cross_attention": True, "mem_cross": (key, value)},
+            hooks=hooks, **{**kw, "cross_attention": True, "mem_cross": given},
         )  # fmt: skip
         return self.output_dropout(apply_linear(self, "dense", merge_heads(context), hooks=hooks, **kw))
 

@@ -11,9 +11,27 @@ Legend: b batch, s length.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from sat_lightning.errors import InputError
+from sat_lightning.nn.masks import waiting_keys
+
+
+def require_whole_text(kw: dict[str, Any]) -> None:
+    """Refuse to lay out tokens whose earlier ones are in a cache: where the blank is cannot be seen from the last ones.
+
+    Args:
+        kw: keywords of the model call.
+    """
+    if length := waiting_keys(kw):
+        raise InputError(
+            f"mems hold {length} tokens, so positions and mask cannot be read from the new ids alone: pass "
+            "position_ids [batch, 2, length] and attention_mask. blank_filling(all the ids, ...) gives both; take the "
+            "new rows."
+        )
 
 
 def _first(is_here: Tensor) -> tuple[Tensor, Tensor]:

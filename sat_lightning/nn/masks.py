@@ -111,6 +111,34 @@ def lower_right_causal(query_length: int, key_length: int, device: torch.device)
     return ones.tril(key_length - query_length)
 
 
+def waiting_keys(kw: dict[str, Any]) -> int:
+    """Return how many keys of earlier tokens a cache inside this hook's `old_impl` will put before those at hand."""
+    mems = kw.get("mems")
+    return 0 if mems is None else int(mems.shape[2])
+
+
+def reach_back(mask: Tensor, num_past: int, num_new: int, kw: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Widen a mask that has columns for the new keys only, so that they see the whole past.
+
+    Args:
+        mask: `[.., s, t]`; one with more columns, or with one for all, is left as it is.
+        num_past: keys put in front.
+        num_new: keys that the mask knows of, appended ones among them.
+        kw: keywords of the hook; what is known of the mask is known of the wider one.
+
+    Returns:
+        The mask and the keywords.
+    """
+    if mask.shape[-1] != num_new or mask.shape[-1] == 1 or not num_past:
+        return mask, kw
+    wide = torch.cat([mask.new_ones(*mask.shape[:-1], num_past), mask], dim=-1)
+    if mask is kw.get("causal_mask"):
+        kw = kw | {"causal_mask": wide}
+    if any(mask is known for known in kw.get("binary_masks", ())):
+        kw = kw | {"binary_masks": (*kw["binary_masks"], wide)}
+    return wide, kw
+
+
 def read_padding(attention_mask: MaskLike, input_ids: Tensor) -> MaskLike:
     """Read a mask `[b, t]`, 1 for a token and 0 for padding, as `[b, 1, 1, t]`; anything else passes unchanged.
 
