@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sat_lightning.mixins.relative_bias import RelativeBiasMixin
     from sat_lightning.mixins.rotary import RotaryMixin
     from sat_lightning.mixins.routing import TopKRoutingMixin
+    from sat_lightning.mixins.static_cache import KeyValueCache, StaticCacheMixin
     from sat_lightning.mixins.token_types import TokenTypesMixin
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "DistilledClassifierMixin",
     "GatedMLPMixin",
     "ImageConfig",
+    "KeyValueCache",
     "LMHeadMixin",
     "LocalAttentionMixin",
     "MaskedLMHeadMixin",
@@ -35,6 +37,7 @@ __all__ = [
     "QKNormMixin",
     "RelativeBiasMixin",
     "RotaryMixin",
+    "StaticCacheMixin",
     "TokenTypesMixin",
     "TopKRoutingMixin",
     "WholeTableMixin",
@@ -55,6 +58,7 @@ _LAZY = {
     "relative_bias": "RelativeBiasMixin",
     "rotary": "RotaryMixin",
     "routing": "TopKRoutingMixin",
+    "static_cache": "KeyValueCache StaticCacheMixin",
     "token_types": "TokenTypesMixin",
 }
 

@@ -1,0 +1,116 @@
+"""From what a caller gives to rows of ids, and from rows to batches padded on the left.
+
+Legend: b rows, s columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sat_lightning.errors import InputError
+from sat_lightning.generation.state import NO_TOKEN
+
+Prompt = str | Sequence[int] | Tensor
+Row = list[int]
+
+
+def read_prompts(prompts: Sequence[Prompt] | Tensor | str, tokenizer: Any = None) -> list[Row]:  # noqa: ANN401
+    """Turn prompts into rows of ids.
+
+    Args:
+        prompts: texts, lists of ids, tensors `[s]`, or one tensor `[b, s]` in which negative ids are padding.
+        tokenizer: turns texts into ids: it has `encode(text)` and `decode(ids)`.
+
+    Returns:
+        The ids of each prompt.
+
+    Raises:
+        InputError: for a prompt that is no such thing, a text without a tokenizer, or an empty prompt.
+    """
+    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+        raise InputError("prompts is a single one; pass a list of prompts, such as [prompt].")
+    rows = [_read_prompt(prompt, index, tokenizer) for index, prompt in enumerate(prompts)]
+    for index, row in enumerate(rows):
+        if not row:
+            raise InputError(f"prompt {index} is empty; give it at least one token, such as the one that begins a text.")
+    return rows
+
+
+def _read_prompt(prompt: Prompt, index: int, tokenizer: Any) -> Row:  # noqa: ANN401
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise InputError(f"prompt {index} is a text; pass tokenizer=, which turns it into ids.")
+        return [int(token) for token in tokenizer.encode(prompt)]
+    if isinstance(prompt, Tensor):
+        if prompt.dim() != 1 or prompt.is_floating_point():
+            raise InputError(f"prompt {index} is a {prompt.dtype} tensor {list(prompt.shape)}; ids are integers [s].")
+        return [token for token in prompt.tolist() if token >= 0]
+    return [int(token) for token in prompt]
+
+
+def check_rows(rows: Sequence[Row], vocab_size: int) -> None:
+    """Refuse ids that the model has no word for.
+
+    Raises:
+        InputError: naming the prompt, the id and the vocabulary.
+    """
+    for index, row in enumerate(rows):
+        for token in row:
+            if not 0 <= token < vocab_size:
+                raise InputError(f"prompt {index} holds the id {token}; the model has {vocab_size} words, from 0 on.")
+
+
+def check_lengths(rows: Sequence[Row], max_new_tokens: int, longest: int | None) -> None:
+    """Refuse what the model cannot number.
+
+    Args:
+        rows: the prompts.
+        max_new_tokens: how many tokens follow each.
+        longest: how many positions the model has; None is no limit.
+
+    Raises:
+        InputError: naming the prompt, the numbers and the cure.
+    """
+    for index, row in enumerate(rows if longest is not None else ()):
+        room = longest - len(row)  # type: ignore[operator]
+        if room < 1:
+            raise InputError(
+                f"prompt {index} has {len(row)} tokens, and the model has {longest} positions (max_sequence_length): "
+                "nothing can follow. Shorten the prompt."
+            )
+        if max_new_tokens > room:
+            raise InputError(
+                f"prompt {index} has {len(row)} tokens and max_new_tokens is {max_new_tokens}: "
+                f"{len(row) + max_new_tokens} positions, the model has {longest} (max_sequence_length). Shorten the "
+                f"prompt, or lower max_new_tokens to {room}."
+            )
+
+
+def batches_of(rows: Sequence[Row], batch_size: int | None) -> Iterator[list[int]]:
+    """Yield the indices of each batch: all rows at once, or `batch_size` rows of like length, the longest first."""
+    order = list(range(len(rows)))
+    if batch_size is not None and batch_size < len(rows):
+        order.sort(key=lambda index: -len(rows[index]))
+    size = batch_size or len(order)
+    for start in range(0, len(order), max(size, 1)):
+        yield order[start : start + size]
+
+
+def pad_left(rows: Sequence[Row], device: torch.device | str = "cpu") -> Tensor:
+    """Align rows to the right: `[b, s]` ids, -1 where a row has none."""
+    longest = max(map(len, rows))
+    return torch.tensor([[NO_TOKEN] * (longest - len(row)) + list(row) for row in rows], device=device)
+
+
+def pad_right(rows: Sequence[Row], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor | None]:
+    """Align rows to the left: `[b, s]` ids, 0 where a row has none, and `[b, s]`, True for a token (None: all are)."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[*row, *([0] * (longest - len(row)))] for row in rows], device=device)
+    if min(map(len, rows)) == longest:
+        return ids, None
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    return ids, torch.arange(longest, device=device) < lengths[:, None]

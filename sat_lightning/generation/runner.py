@@ -1,0 +1,177 @@
+"""One batch on its way through a model with a cache: the prompts at once, then token by token.
+
+Legend: b rows, s columns of the prompts, n columns in all, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sat_lightning.errors import InputError
+from sat_lightning.generation.layout import Visibility, lay_out
+from sat_lightning.generation.prompts import pad_left, pad_right
+from sat_lightning.hooks import non_conflict
+from sat_lightning.mixins import KeyValueCache, StaticCacheMixin
+from sat_lightning.model import BaseMixin, BaseModel, ComposedModel, EncoderDecoderModel
+from sat_lightning.nn.linear import Embedding
+
+
+class LastTokenMixin(BaseMixin):
+    """Score only the last token: the head is the largest linear, and of a prompt one row of its result is read."""
+
+    @non_conflict
+    def final_forward(self, logits: Tensor, *, old_impl: Callable[..., Any], **kw: Any) -> Any:  # noqa: ANN401
+        """Cut `[b, s, c]` to `[b, 1, c]` first."""
+        return old_impl(logits[:, -1:], **kw)
+
+
+@dataclass
+class CallOptions:
+    """How the model is called."""
+
+    cache_dtype: torch.dtype | None = None
+    prefill_chunk: int | None = None
+    visibility: Visibility = None
+    compiled: bool = False
+    model_kw: dict[str, Any] = field(default_factory=dict)
+    prompt_kw: dict[str, Any] = field(default_factory=dict)
+
+
+def find_model(model: Any) -> BaseModel | EncoderDecoderModel:  # noqa: ANN401
+    """Look for the model inside what wraps it: a task, a compiled or a parallel module.
+
+    Raises:
+        InputError: if there is none that writes text.
+    """
+    found = model
+    while not isinstance(found, (BaseModel, ComposedModel)):
+        inner = [getattr(found, name, None) for name in ("_orig_mod", "module", "model")]
+        found = next((part for part in inner if isinstance(part, torch.nn.Module)), None)
+        if found is None:
+            raise InputError(f"A {type(model).__name__} is no model, and holds none as `model` or `module`.")
+    if isinstance(found, ComposedModel) and not isinstance(found, EncoderDecoderModel):
+        raise InputError(f"A {type(found).__name__} writes no text; of composed models an EncoderDecoderModel does.")
+    return found
+
+
+def writer_of(model: BaseModel | EncoderDecoderModel) -> BaseModel:
+    """Return the part that writes: the decoder, where there is an encoder."""
+    return model.decoder if isinstance(model, EncoderDecoderModel) else model
+
+
+def longest_of(model: BaseModel) -> int | None:
+    """Return how many positions a model can number, None where there is no limit."""
+    has_table = isinstance(model.transformer.position_embeddings, Embedding)
+    return model.config.max_sequence_length if has_table else None
+
+
+@contextmanager
+def prepared(model: BaseModel | EncoderDecoderModel) -> Iterator[None]:
+    """Put a model in eval mode with a cache, and leave it afterwards as it was, whatever happens."""
+    writer = writer_of(model)
+    modes = {module: module.training for module in model.modules()}
+    needs_cache = not any(isinstance(mixin, StaticCacheMixin) for mixin in writer.mixins.values())
+    own: dict[str, BaseMixin] = {"generation-last-token": LastTokenMixin()}
+    if needs_cache:
+        own["generation-cache"] = StaticCacheMixin()
+    added = []
+    try:
+        for name, mixin in own.items():
+            writer.add_mixin(name, mixin.eval())
+            added.append(name)
+        model.eval()
+        yield
+    finally:
+        for name in added:
+            writer.del_mixin(name)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+class Runner:
+    """The calls of one batch.
+
+    Args:
+        model: prepared by `prepared`.
+        rows: the prompts (the encoder's, where there is one).
+        max_new_tokens: how many tokens are written at most.
+        options: how to call.
+        start: what an encoder-decoder's decoder begins with.
+    """
+
+    def __init__(
+        self,
+        model: BaseModel | EncoderDecoderModel,
+        rows: Sequence[list[int]],
+        max_new_tokens: int,
+        options: CallOptions,
+        start: Sequence[int] = (0,),
+    ) -> None:
+        self.model, self.writer, self.options = model, writer_of(model), options
+        self.device = next(model.parameters()).device
+        self.sources = list(rows)
+        self.rows = [list(start)] * len(rows) if isinstance(model, EncoderDecoderModel) else list(rows)
+        self.prompts = pad_left(self.rows, self.device)
+        """`[b, s]` ids, -1 where there is padding."""
+        self.num_prompt = self.prompts.shape[1]
+        capacity = self.num_prompt + max_new_tokens
+        self.layout = lay_out(self.writer, self.rows, capacity, options.visibility)
+        lengths = torch.tensor([len(row) for row in self.rows])
+        padding = None if min(map(len, self.rows)) == self.num_prompt else (self.num_prompt - lengths).to(self.device)
+        self.cache = KeyValueCache(capacity, dtype=options.cache_dtype, padding=padding)
+        self.cross: dict[str, Any] = {}
+        self.positions = self.layout.position_ids
+
+    def read(self) -> Tensor:
+        """Read the prompts; returns logits `[b, v]` of what follows."""
+        if isinstance(self.model, EncoderDecoderModel):
+            self._encode(self.model)
+        ids = self.prompts.clamp(min=0)
+        mask, size = self.layout.prompt_mask, self.options.prefill_chunk or self.num_prompt
+        if isinstance(mask, Tensor) or mask is None or self.options.prompt_kw:
+            size = self.num_prompt  # the prompt sees itself, also what a later part would bring
+        logits = ids
+        for start in range(0, self.num_prompt, size):
+            logits = self._call(ids[:, start : start + size], mask, self.options.prompt_kw)
+        missing = [i for i in range(self.writer.config.num_layers) if i not in self.cache.layers]
+        if missing:
+            raise InputError(
+                f"{type(self.writer).__name__}: attention of layers {missing} never reached the cache, so nothing can "
+                f"be generated with it. attention_forward: {self.writer.hook_origins['attention_forward']}."
+            )
+        if self.cross:
+            self.cross["encoder_outputs"] = self.cache.cross
+        return logits
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Read one token of each row, `[b]`; returns logits `[b, v]` of what follows."""
+        return self._call(tokens[:, None], self.layout.later_mask, {})
+
+    def reorder(self, rows: Tensor) -> None:
+        """Let row i go on from row `rows[i]`, `[b]`; their number may change."""
+        self.cache.reorder(rows)
+        if self.positions is not None and self.positions.shape[0] > 1:
+            self.positions = self.positions.index_select(0, rows)
+        if isinstance(mask := self.cross.get("cross_attention_mask"), Tensor):
+            self.cross = {"cross_attention_mask": mask.index_select(0, rows), "encoder_outputs": self.cache.cross}
+
+    def _call(self, ids: Tensor, mask: Any, more: dict[str, Any]) -> Tensor:  # noqa: ANN401
+        start, stop = self.cache.length, self.cache.length + ids.shape[1]
+        places = None if self.positions is None else self.positions[..., start:stop]
+        call: Any = self.model.decode if isinstance(self.model, EncoderDecoderModel) else self.model
+        kw = {**self.options.model_kw, **self.cross, **more}
+        outputs = call(ids, position_ids=places, attention_mask=mask, cache=self.cache, **kw)
+        self.cache.advance(ids.shape[1])
+        return outputs[0][:, -1]
+
+    def _encode(self, model: EncoderDecoderModel) -> None:
+        ids, is_token = pad_right(self.sources, self.device)
+        mask = None if is_token is None else is_token[:, None, None, :]
+        outputs = model.encode(ids, attention_mask=mask, **self.options.model_kw, **self.options.prompt_kw)
+        self.cross = {"encoder_outputs": outputs, "cross_attention_mask": mask}

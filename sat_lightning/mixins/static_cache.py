@@ -1,0 +1,171 @@
+"""Keys and values of earlier tokens, written in place into tensors of a fixed size.
+
+Legend: b batch, k key/value heads, s query length, t key length, d head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sat_lightning.errors import InputError
+from sat_lightning.hooks import non_conflict, passes_mask
+from sat_lightning.model import BaseMixin
+from sat_lightning.nn.masks import lower_right_causal
+
+Heads = tuple[Tensor, Tensor]
+
+
+class KeyValueCache:
+    """What one call of a generator remembers: `[b, k, capacity, d]` keys and values for each layer.
+
+    A forward with `cache=` writes its s new tokens behind the `length` that are there, and attends to all of them; then
+    the caller says `cache.advance(s)`. Memory is taken when a layer first writes.
+
+    Args:
+        capacity: tokens it can hold.
+        dtype: in which keys and values are kept: a floating dtype, which attention then computes in, or `torch.int8`
+            with one scale for each token and head. Default: their own.
+        padding: `[b]`, how many of the first tokens of each row are padding, hidden from every query. Default: none.
+    """
+
+    def __init__(self, capacity: int, *, dtype: torch.dtype | None = None, padding: Tensor | None = None) -> None:
+        self.capacity, self.dtype, self.length = capacity, dtype, 0
+        self.is_token: Tensor | None = None
+        """`[b, 1, 1, capacity]`, False where a slot holds padding; None where no slot does."""
+        if padding is not None:
+            slots = torch.arange(capacity, device=padding.device)
+            self.is_token = (slots >= padding[:, None])[:, None, None]
+        self.layers: dict[int, tuple[Tensor, ...]] = {}
+        """Keys and values by layer; under `torch.int8` followed by their scales `[b, k, capacity, 1]`."""
+        self.cross: dict[int, Heads] = {}
+        """Keys and values of the encoder's outputs by layer: the `encoder_outputs` of every later call."""
+
+    def write(self, layer_id: int, key: Tensor, value: Tensor) -> Heads:
+        """Store s new tokens `[b, k, s, d]` of a layer, and return all it then has, `[b, k, length + s, d]` both.
+
+        Raises:
+            InputError: if they do not fit.
+        """
+        start, stop = self.length, self.length + key.shape[2]
+        if stop > self.capacity:
+            raise InputError(
+                f"The cache holds {start} tokens of at most {self.capacity}, {key.shape[2]} more do not fit. Make it "
+                f"with capacity={stop} or above."
+            )
+        if layer_id not in self.layers:
+            self.layers[layer_id] = self._allocate(key, value)
+        stored = (key, value) if self.dtype is not torch.int8 else (*_quantise(key), *_quantise(value))
+        for buffer, new in zip(self.layers[layer_id], stored, strict=True):
+            buffer[:, :, start:stop].copy_(new)
+        held = [buffer[:, :, :stop] for buffer in self.layers[layer_id]]
+        if self.dtype is torch.int8:
+            return held[0] * held[1].to(key.dtype), held[2] * held[3].to(value.dtype)
+        return held[0], held[1]
+
+    def advance(self, num_tokens: int) -> None:
+        """Count the tokens that the last forward wrote as held."""
+        self.length += num_tokens
+
+    def crop(self, length: int) -> None:
+        """Forget all tokens but the first `length`."""
+        self.length = min(self.length, length)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Let row i go on from what row `rows[i]` holds, `[b]`."""
+        for buffers in self.layers.values():
+            for buffer in buffers:
+                held = buffer[:, :, : self.length]
+                held.copy_(held.index_select(0, rows))
+        self.cross = {i: (k.index_select(0, rows), v.index_select(0, rows)) for i, (k, v) in self.cross.items()}
+        if self.is_token is not None:
+            self.is_token = self.is_token.index_select(0, rows)
+
+    def _allocate(self, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        def room(like: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+            return like.new_empty(*like.shape[:2], self.capacity, size, dtype=dtype)
+
+        if self.dtype is torch.int8:
+            pairs = [(room(x, x.shape[3], torch.int8), room(x, 1, torch.float32)) for x in (key, value)]
+            return (*pairs[0], *pairs[1])
+        return tuple(room(x, x.shape[3], self.dtype or x.dtype) for x in (key, value))
+
+
+class StaticCacheMixin(BaseMixin):
+    """Attend to what a `KeyValueCache` holds, when the call has one: `model(input_ids, ..., cache=cache)`.
+
+    Without `cache` it does nothing. Keys that another mixin appends behind the sequence (`appended_keys` says how many)
+    are not stored. A mask tensor over the new tokens alone lets them see all that is held.
+    """
+
+    @non_conflict
+    @passes_mask
+    def attention_fn(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor,
+        dropout_fn: nn.Module | None,
+        *,
+        old_impl: Callable[..., Tensor],
+        cache: KeyValueCache | None = None,
+        mask_of_cache: tuple[Tensor, bool] | None = None,
+        **kw: Any,
+    ) -> Tensor:
+        """Store the new keys and values, and attend to all."""
+        if cache is None:
+            return old_impl(query, key, value, mask, dropout_fn, **kw)
+        if kw.get("cross_attention"):
+            if kw["layer_id"] not in cache.cross:
+                cache.cross[kw["layer_id"]] = kw["mem_cross"]
+            return old_impl(query, key, value, mask, dropout_fn, cache=cache, **kw)
+        key, value = _exchange(cache, key, value, kw)
+        if cache.is_token is not None or not _fits(mask, key, kw):
+            found = _widen(mask, cache.is_token, query, key, kw) if mask_of_cache is None else mask_of_cache
+            kw["output_cross_layer"]["mask_of_cache"] = found  # every layer has the same
+            mask, is_binary = found
+            kw["binary_masks"] = (*kw.get("binary_masks", ()), mask) if is_binary else kw.get("binary_masks", ())
+        context = old_impl(query.to(key.dtype), key, value, mask, dropout_fn, cache=cache, **kw)
+        return context.to(query.dtype)
+
+
+def _fits(mask: Tensor, key: Tensor, kw: dict[str, Any]) -> bool:
+    is_known = mask is kw.get("causal_mask") or mask is kw.get("full_mask")
+    return is_known or mask.shape[-1] in (1, key.shape[2])
+
+
+def _exchange(cache: KeyValueCache, key: Tensor, value: Tensor, kw: dict[str, Any]) -> Heads:
+    """Give the cache the new tokens for all it holds; appended keys stay behind."""
+    appended = kw.get("appended_keys", 0)
+    if not appended:
+        return cache.write(kw["layer_id"], key, value)
+    length = key.shape[2] - appended
+    held = cache.write(kw["layer_id"], key[:, :, :length], value[:, :, :length])
+    rest = (x[:, :, length:].to(held[0].dtype) for x in (key, value))
+    joined = [torch.cat(pair, dim=2) for pair in zip(held, rest, strict=True)]
+    return joined[0], joined[1]
+
+
+def _widen(
+    mask: Tensor, is_token: Tensor | None, query: Tensor, key: Tensor, kw: dict[str, Any]
+) -> tuple[Tensor, bool]:
+    """Return the mask over all keys, without padding, and whether it is known to hold only 0 and 1."""
+    s, t, appended = query.shape[2], key.shape[2], kw.get("appended_keys", 0)
+    length = t - appended
+    if mask is kw.get("causal_mask") or mask is kw.get("full_mask"):
+        is_causal, is_binary = mask is kw.get("causal_mask") and s > 1, True
+        rows = s if is_causal else 1
+        mask = lower_right_causal(s, length, query.device) if is_causal else query.new_ones(rows, length)
+        mask = nn.functional.pad(mask.to(query.dtype), (0, appended), value=1.0)
+    else:
+        is_binary = any(mask is known for known in kw.get("binary_masks", ()))
+        if mask.shape[-1] not in (1, t):
+            mask = nn.functional.pad(mask, (t - mask.shape[-1], 0), value=1.0)
+    if is_token is None:
+        return mask, is_binary
+    shown = nn.functional.pad(is_token[..., :length], (0, appended), value=True)
+    return mask * shown.to(query.dtype), is_binary
