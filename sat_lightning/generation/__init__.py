@@ -6,6 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sat_lightning.generation.engine import generate, stream
+    from sat_lightning.generation.options import Generation, GenerationOptions, Streamed
     from sat_lightning.generation.processors import top_k_logits
     from sat_lightning.generation.sampling import draw_token, sample_continuation, sample_token
     from sat_lightning.generation.state import DecodingState, Hypothesis
@@ -14,16 +16,23 @@ if TYPE_CHECKING:
 __all__ = [
     "BaseStrategy",
     "DecodingState",
+    "Generation",
+    "GenerationOptions",
     "Hypothesis",
+    "Streamed",
     "draw_token",
+    "generate",
     "greedy",
     "sample_continuation",
     "sample_token",
+    "stream",
     "top_k_logits",
 ]
 
 # The names of each module.
 _LAZY = {
+    "engine": "generate stream",
+    "options": "Generation GenerationOptions Streamed",
     "processors": "top_k_logits",
     "sampling": "draw_token sample_continuation sample_token",
     "state": "DecodingState Hypothesis",

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sat_lightning.errors import InputError
@@ -43,15 +44,16 @@ def lay_out(model: BaseModel, rows: Sequence[list[int]], num_columns: int, visib
     """
     device = next(model.parameters()).device
     longest = max(map(len, rows))
-    shapes = _positions(model, rows, num_columns, longest, device)
+    places = _positions(model, rows, num_columns, longest, device)
     masks: list[MaskLike] = [_own_mask(model, row, visibility, device) for row in rows]
     if not isinstance(masks[0], Tensor):
-        return Layout(shapes, masks[0], masks[0])
+        return Layout(places, masks[0], masks[0])
     joined = torch.zeros(len(rows), 1, longest, longest, dtype=torch.int64, device=device)
     for index, mask in enumerate(masks):
         if isinstance(mask, Tensor):
-            joined[index, :, longest - len(rows[index]) :, longest - len(rows[index]) :] = mask[0] if mask.dim() == 4 else mask
-    return Layout(shapes, joined, None)
+            begin = longest - len(rows[index])
+            joined[index, :, begin:, begin:] = mask[0] if mask.dim() == 4 else mask
+    return Layout(places, joined, None)
 
 
 def _positions(
@@ -66,15 +68,14 @@ def _positions(
             break
     if found[0] is None:
         return None
-    padded = [torch.nn.functional.pad(places, (num_columns - places.shape[-1], 0)) for places in found if places is not None]
-    return torch.cat(padded)
+    return torch.cat([F.pad(places, (num_columns - places.shape[-1], 0)) for places in found if places is not None])
 
 
 def _own_mask(model: BaseModel, row: list[int], visibility: Visibility, device: torch.device) -> MaskLike:
     if visibility is not None:
         return "causal" if visibility == "causal" else None
     mask = model.make_attention_mask(torch.tensor([row], device=device))
-    if mask is None:
+    if mask is None or (isinstance(mask, Tensor) and mask.shape[-2] == 1 < len(row)):
         raise InputError(
             f"In a {type(model).__name__} every token sees those behind it, which are not written yet. Pass "
             "visibility='causal' (a token sees those before it) or visibility='full' (the prompt sees all of itself)."

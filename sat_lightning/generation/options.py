@@ -27,7 +27,7 @@ class GenerationOptions:
     max_new_tokens: int | None = None
     """Tokens written for each prompt, at most. Default: 256, or what the model has positions for."""
     end_tokens: Sequence[int] | None = None
-    """Ids that end a row, beside those of the strategy. Default: the tokenizer's `end_of_document_id`, if it has one."""
+    """Ids that end a row, beside the strategy's. Default: the tokenizer's `end_of_document_id`, if it has one."""
     stop_strings: Sequence[str] = ()
     """Texts that end a row; the result ends before them. They need a tokenizer."""
     seed: int | None = None
@@ -35,7 +35,7 @@ class GenerationOptions:
     batch_size: int | None = None
     """Prompts that are read together; those of like length go together. Default: all."""
     prefill_chunk: int | None = None
-    """Tokens of the prompts read at once, to bound memory. Default: all. Prompts that see all of themselves are whole."""
+    """Tokens of the prompts read at once, to bound memory. Default: all; so are prompts that see all of themselves."""
     cache_dtype: str | torch.dtype | None = None
     """In which keys and values are kept: fp32, fp16, bf16 or int8. Default: as the model computes them."""
     check_every: int = 1
@@ -43,7 +43,7 @@ class GenerationOptions:
     compile: bool = False
     """Compile the step that reads one token: worth it for many tokens, as compilation takes long."""
     visibility: Visibility = None
-    """What tokens of the prompt see: "causal" those before them, "full" all of the prompt. Default: the family's own."""
+    """What the prompt's tokens see: "causal" those before them, "full" all of it. Default: the family's own."""
     decoder_start: Sequence[int] = (0,)
     """Ids that the decoder of an encoder-decoder begins with. Default: 0, T5's padding."""
     model_kw: dict[str, Any] = field(default_factory=dict)

@@ -36,7 +36,9 @@ def read_prompts(prompts: Sequence[Prompt] | Tensor | str, tokenizer: Any = None
     rows = [_read_prompt(prompt, index, tokenizer) for index, prompt in enumerate(prompts)]
     for index, row in enumerate(rows):
         if not row:
-            raise InputError(f"prompt {index} is empty; give it at least one token, such as the one that begins a text.")
+            raise InputError(
+                f"prompt {index} is empty; give it at least one token, such as the one that begins a text."
+            )
     return rows
 
 

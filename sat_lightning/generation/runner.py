@@ -121,7 +121,8 @@ class Runner:
         """`[b, s]` ids, -1 where there is padding."""
         self.num_prompt = self.prompts.shape[1]
         capacity = self.num_prompt + max_new_tokens
-        self.layout = lay_out(self.writer, self.rows, capacity, options.visibility)
+        visibility = "causal" if isinstance(model, EncoderDecoderModel) else options.visibility
+        self.layout = lay_out(self.writer, self.rows, capacity, visibility)
         lengths = torch.tensor([len(row) for row in self.rows])
         padding = None if min(map(len, self.rows)) == self.num_prompt else (self.num_prompt - lengths).to(self.device)
         self.cache = KeyValueCache(capacity, dtype=options.cache_dtype, padding=padding)
@@ -130,15 +131,17 @@ class Runner:
 
     def read(self) -> Tensor:
         """Read the prompts; returns logits `[b, v]` of what follows."""
+        prompt_kw = self.options.prompt_kw
         if isinstance(self.model, EncoderDecoderModel):
-            self._encode(self.model)
+            self._encode(self.model, prompt_kw)
+            prompt_kw = {}
         ids = self.prompts.clamp(min=0)
         mask, size = self.layout.prompt_mask, self.options.prefill_chunk or self.num_prompt
-        if isinstance(mask, Tensor) or mask is None or self.options.prompt_kw:
+        if isinstance(mask, Tensor) or mask is None or prompt_kw:
             size = self.num_prompt  # the prompt sees itself, also what a later part would bring
         logits = ids
         for start in range(0, self.num_prompt, size):
-            logits = self._call(ids[:, start : start + size], mask, self.options.prompt_kw)
+            logits = self._call(ids[:, start : start + size], mask, prompt_kw)
         missing = [i for i in range(self.writer.config.num_layers) if i not in self.cache.layers]
         if missing:
             raise InputError(
@@ -170,8 +173,8 @@ class Runner:
         self.cache.advance(ids.shape[1])
         return outputs[0][:, -1]
 
-    def _encode(self, model: EncoderDecoderModel) -> None:
+    def _encode(self, model: EncoderDecoderModel, prompt_kw: dict[str, Any]) -> None:
         ids, is_token = pad_right(self.sources, self.device)
         mask = None if is_token is None else is_token[:, None, None, :]
-        outputs = model.encode(ids, attention_mask=mask, **self.options.model_kw, **self.options.prompt_kw)
+        outputs = model.encode(ids, attention_mask=mask, **self.options.model_kw, **prompt_kw)
         self.cross = {"encoder_outputs": outputs, "cross_attention_mask": mask}

@@ -75,11 +75,13 @@ class KeyValueCache:
         self.length = min(self.length, length)
 
     def reorder(self, rows: Tensor) -> None:
-        """Let row i go on from what row `rows[i]` holds, `[b]`."""
-        for buffers in self.layers.values():
-            for buffer in buffers:
-                held = buffer[:, :, : self.length]
-                held.copy_(held.index_select(0, rows))
+        """Let row i go on from what row `rows[i]` holds, `[b]`; the number of rows may change."""
+        for layer_id, buffers in self.layers.items():
+            if buffers[0].shape[0] != rows.shape[0]:
+                grown = [x.new_empty(rows.shape[0], *x.shape[1:]) for x in buffers]
+                self.layers[layer_id] = tuple(grown)
+            for new, buffer in zip(self.layers[layer_id], buffers, strict=True):
+                new[:, :, : self.length].copy_(buffer[:, :, : self.length].index_select(0, rows))
         self.cross = {i: (k.index_select(0, rows), v.index_select(0, rows)) for i, (k, v) in self.cross.items()}
         if self.is_token is not None:
             self.is_token = self.is_token.index_select(0, rows)
@@ -131,6 +133,12 @@ class StaticCacheMixin(BaseMixin):
             kw["binary_masks"] = (*kw.get("binary_masks", ()), mask) if is_binary else kw.get("binary_masks", ())
         context = old_impl(query.to(key.dtype), key, value, mask, dropout_fn, cache=cache, **kw)
         return context.to(query.dtype)
+
+
+def _quantise(x: Tensor) -> Heads:
+    """Return whole numbers from -127 to 127, and the scale of each token and head, `[b, k, s, 1]`."""
+    scale = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-8) / 127
+    return (x / scale).round().to(torch.int8), scale
 
 
 def _fits(mask: Tensor, key: Tensor, kw: dict[str, Any]) -> bool:

@@ -101,7 +101,12 @@ class _Job:
     """The checked input of a call."""
 
     def __init__(
-        self, model: Any, prompts: Any, strategy: Any, tokenizer: Any, options: GenerationOptions  # noqa: ANN401
+        self,
+        model: Any,
+        prompts: Any,
+        strategy: Any,
+        tokenizer: Any,
+        options: GenerationOptions,  # noqa: ANN401
     ) -> None:
         self.model: BaseModel | EncoderDecoderModel = find_model(model)
         self.strategy, self.tokenizer, self.options = strategy or greedy(), tokenizer, options
@@ -117,7 +122,7 @@ class _Job:
         self.max_new_tokens = max(room, 1) if options.max_new_tokens is None else options.max_new_tokens
         check_lengths(self.begun, self.max_new_tokens, longest)
         if self.is_pair:
-            check_lengths(self.rows, 0, longest_of(self.model.encoder))  # type: ignore[union-attr, arg-type]
+            check_lengths(self.rows, 0, longest_of(self.model.encoder))  # type: ignore[arg-type]
         own = getattr(tokenizer, "end_of_document_id", None)
         defaults = () if own is None else (own,)
         self.end_tokens = [int(x) for x in (defaults if options.end_tokens is None else options.end_tokens)]
