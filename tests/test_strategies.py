@@ -112,12 +112,12 @@ def test_nothing_allowed_is_an_error_and_not_a_token():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": -0.1}, "temperature must be a number at least 0.0, not -0.1"),
-        ({"temperature": float("nan")}, "temperature must be a number at least 0.0, not nan"),
+        ({"temperature": -0.1}, "temperature must be a finite number at least 0.0, not -0.1"),
+        ({"temperature": float("nan")}, "temperature must be a finite number at least 0.0, not nan"),
         ({"top_k": -1}, "top_k must be an integer at least 0, not -1"),
         ({"top_k": 2.5}, "top_k must be an integer at least 0, not 2.5"),
-        ({"top_p": 1.5}, "top_p must be a number at least 0.0 and at most 1.0, not 1.5"),
-        ({"repetition_penalty": 0}, "repetition_penalty must be a number above 0.0, not 0"),
+        ({"top_p": 1.5}, "top_p must be a finite number at least 0.0 and at most 1.0, not 1.5"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be a finite number above 0.0, not 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):

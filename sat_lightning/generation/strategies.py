@@ -6,24 +6,23 @@ and override `step` or `process`.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from torch import Tensor
 
 from sat_lightning.errors import ConfigError
-from sat_lightning.generation import processors
+from sat_lightning.generation.rules import LogitsRules, check_end_tokens
 from sat_lightning.generation.sampling import draw_token
 from sat_lightning.generation.state import DecodingState, Hypothesis, read_rows
 
-Processor = Callable[[Tensor, DecodingState], Tensor]
-
 
 @dataclass(eq=False)
-class BaseStrategy:
+class BaseStrategy(LogitsRules):
     """Sampling with temperature, top-k and top-p, or greedy; the positional arguments are SAT's.
+
+    More settings, by keyword, are those of `LogitsRules`.
 
     Raises:
         ConfigError: if a value is out of its range.
@@ -44,14 +43,11 @@ class BaseStrategy:
     end_tokens: Sequence[int] | None = None
     """Ids that end a row."""
 
-    def __post_init__(self) -> None:
-        """Check every value, and make the sequences tuples."""
-        self.invalid_slices = tuple(self.invalid_slices)
-        self.end_tokens = tuple(int(token) for token in self.end_tokens or ())
-        check_range("temperature", self.temperature, 0.0)
-        check_range("top_k", self.top_k, 0)
-        check_range("top_p", self.top_p, 0.0, 1.0)
-        check_range("repetition_penalty", self.repetition_penalty, 0.0, is_open=True)
+    _: KW_ONLY
+    no_repeat_ngram_size: int = 0
+    """No n-gram of this size is generated twice in a row of the batch; 0 is off. See `ban_prompt_ngrams`."""
+    min_tgt_length: int = 0
+    """No row ends before it has this many tokens, its prompt included."""
 
     @property
     def is_greedy(self) -> bool:
@@ -64,17 +60,6 @@ class BaseStrategy:
         if not self.is_greedy:
             state.draw_uniforms()
         return state
-
-    def process(self, logits: Tensor, state: DecodingState) -> Tensor:
-        """Apply penalties, bans and temperature to float logits `[b, v]`: all but the choice of candidates."""
-        if self.repetition_penalty != 1:
-            generated = state.tokens[:, state.prompt_length :]
-            logits = processors.sat_repetition_penalty(logits, generated, self.repetition_penalty)
-        if self.temperature not in (0, 1):
-            logits = logits / self.temperature
-        if self.invalid_slices:
-            logits = processors.ban_slices(logits, self.invalid_slices)
-        return logits
 
     def step(self, logits: Tensor, state: DecodingState) -> tuple[Tensor, DecodingState]:
         """Choose the next token of each row.
@@ -92,12 +77,11 @@ class BaseStrategy:
         best, next_tokens = logits.max(-1)
         state.note_best(best)
         if not self.is_greedy:
-            logits = processors.keep_top_p(processors.keep_top_k(logits, self.top_k), self.top_p)
             if state.uniforms is None:
                 raise ConfigError(
                     "this strategy draws, and the state has no uniforms: call strategy.start(state) first."
                 )
-            next_tokens = draw_token(logits, state.uniforms[:, state.num_generated])
+            next_tokens = draw_token(self.filter(logits), state.uniforms[:, state.num_generated])
         return next_tokens, state
 
     def finalize(self, state: DecodingState) -> list[list[Hypothesis]]:
@@ -108,32 +92,3 @@ class BaseStrategy:
 def greedy(**settings: Any) -> BaseStrategy:
     """Make the strategy that takes the most likely token; `settings` are those of `BaseStrategy`."""
     return BaseStrategy(**{"top_k": 1, **settings})
-
-
-def check_range(name: str, value: float, low: float, high: float = math.inf, *, is_open: bool = False) -> None:
-    """Refuse a setting outside `[low, high]`, or outside `(low, high]` if `is_open`.
-
-    Raises:
-        ConfigError: naming the setting, its value and the range; a limit that is an int asks for an int.
-    """
-    is_number = isinstance(value, int if isinstance(low, int) else (int, float)) and not isinstance(value, bool)
-    if is_number and (low < value if is_open else low <= value) and value <= high:
-        return
-    kind = "an integer" if isinstance(low, int) else "a number"
-    lower = f"above {low}" if is_open else f"at least {low}"
-    upper = "" if high == math.inf else f" and at most {high}"
-    raise ConfigError(f"{name} must be {kind} {lower}{upper}, not {value!r}.")
-
-
-def check_end_tokens(state: DecodingState, end_tokens: Sequence[int], vocab_size: int) -> None:
-    """Refuse end tokens that the model can never generate.
-
-    Raises:
-        ConfigError: naming them and the vocabulary.
-    """
-    known = end_tokens if state.end_tokens is None else state.end_tokens.tolist()
-    outside = [token for token in known if not 0 <= token < vocab_size]
-    if outside:
-        raise ConfigError(
-            f"end tokens {outside} are outside the vocabulary of {vocab_size} tokens: no row can end by them."
-        )

@@ -1,0 +1,150 @@
+"""The settings that all strategies share: what is punished, what is banned, what is kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from sat_lightning.errors import ConfigError
+from sat_lightning.generation import processors
+from sat_lightning.generation.state import DecodingState
+
+Processor = Callable[[Tensor, DecodingState], Tensor]
+
+
+@dataclass(eq=False, kw_only=True)
+class LogitsRules:
+    """Settings that a strategy takes by keyword, and their order: penalties, processors, temperature, bans, filters.
+
+    Raises:
+        ConfigError: if a value is out of its range.
+    """
+
+    min_p: float = 0.0
+    """Keep tokens at least this many times as likely as the likeliest; 0 is off."""
+    typical_p: float = 0.0
+    """Keep the most typical tokens of this probability together; 0 and 1 are off."""
+    signed_repetition_penalty: float = 1.0
+    """Hugging Face's `repetition_penalty`: the prompt counts too, and a negative logit is multiplied."""
+    frequency_penalty: float = 0.0
+    """Subtracted for each time a token was generated; the prompt does not count."""
+    presence_penalty: float = 0.0
+    """Subtracted once from tokens that were generated."""
+    bad_words: Sequence[Sequence[int]] = ()
+    """Ids of each word, one or several, that is never completed."""
+    min_new_tokens: int = 0
+    """No row ends before it has generated this many tokens."""
+    ban_prompt_ngrams: bool = False
+    """Whether the n-grams of the prompt, too, may not be repeated (Hugging Face), or only generated ones (SAT)."""
+    processors: Sequence[Processor] = ()
+    """Functions `(logits, state) -> logits` of your own, applied in this order behind the penalties."""
+
+    if TYPE_CHECKING:  # the settings that SAT's constructors take in an order of their own
+        invalid_slices: Sequence[Any]
+        temperature: float
+        top_k: int
+        top_p: float
+        repetition_penalty: float
+        no_repeat_ngram_size: int
+        min_tgt_length: int
+        end_tokens: Sequence[int] | None
+
+    def __post_init__(self) -> None:
+        """Check every value, and make the sequences tuples."""
+        self.invalid_slices = tuple(self.invalid_slices)
+        self.end_tokens = tuple(int(token) for token in self.end_tokens or ())
+        self.bad_words = tuple(tuple(word) for word in self.bad_words)
+        self.processors = tuple(self.processors)
+        if not all(self.bad_words):
+            raise ConfigError(f"bad_words must be lists of one id or more, not {list(map(list, self.bad_words))}.")
+        for name in ("top_k", "no_repeat_ngram_size", "min_tgt_length", "min_new_tokens"):
+            check_range(name, getattr(self, name), 0)
+        for name in ("top_p", "min_p", "typical_p"):
+            check_range(name, getattr(self, name), 0.0, 1.0)
+        for name in ("repetition_penalty", "signed_repetition_penalty"):
+            check_range(name, getattr(self, name), 0.0, is_open=True)
+        for name in ("frequency_penalty", "presence_penalty"):
+            check_range(name, getattr(self, name), -math.inf)
+        check_range("temperature", self.temperature, 0.0)
+
+    def process(self, logits: Tensor, state: DecodingState) -> Tensor:
+        """Apply penalties, processors, temperature and bans to float logits `[b, v]`."""
+        logits = self.punish(logits, state)
+        for processor in self.processors:
+            logits = processor(logits, state)
+        if self.temperature not in (0, 1):
+            logits = logits / self.temperature
+        return self.ban(logits, state)
+
+    def punish(self, logits: Tensor, state: DecodingState) -> Tensor:
+        """Apply the penalties."""
+        generated = state.tokens[:, state.prompt_length :]
+        if self.repetition_penalty != 1:
+            logits = processors.sat_repetition_penalty(logits, generated, self.repetition_penalty)
+        if self.signed_repetition_penalty != 1:
+            logits = processors.signed_repetition_penalty(logits, state.tokens, self.signed_repetition_penalty)
+        if self.frequency_penalty or self.presence_penalty:
+            logits = processors.count_penalty(logits, generated, self.frequency_penalty, self.presence_penalty)
+        return logits
+
+    def ban(self, logits: Tensor, state: DecodingState) -> Tensor:
+        """Apply the bans."""
+        tokens = state.tokens[:, : state.length]
+        if self.invalid_slices:
+            if "invalid" not in state.extras:
+                state.extras["invalid"] = processors.mask_of_slices(self.invalid_slices, logits)
+            logits = processors.ban_mask(logits, state.extras["invalid"])
+        if self.bad_words:
+            if "bad_words" not in state.extras:
+                state.extras["bad_words"] = processors.pack_words(self.bad_words, logits.device)
+            logits = processors.ban_words(logits, tokens, *state.extras["bad_words"])
+        if self.no_repeat_ngram_size:
+            first = 0 if self.ban_prompt_ngrams else state.prompt_length
+            logits = processors.ban_repeated_ngrams(logits, tokens, self.no_repeat_ngram_size, first)
+        return self._ban_ends(logits, tokens, state)
+
+    def _ban_ends(self, logits: Tensor, tokens: Tensor, state: DecodingState) -> Tensor:
+        if state.end_tokens is None:
+            return logits
+        if state.num_generated < self.min_new_tokens:
+            return logits.index_fill(-1, state.end_tokens, -math.inf)
+        if state.num_generated < self.min_tgt_length - 1:
+            is_short = (tokens >= 0).sum(1, keepdim=True) < self.min_tgt_length
+            return logits.where(~is_short, logits.index_fill(-1, state.end_tokens, -math.inf))
+        return logits
+
+    def filter(self, logits: Tensor) -> Tensor:
+        """Keep only the candidates: top-k, top-p, min-p, typical."""
+        logits = processors.keep_top_k_top_p(logits, self.top_k, self.top_p)
+        return processors.keep_typical(processors.keep_min_p(logits, self.min_p), self.typical_p)
+
+
+def check_range(name: str, value: float, low: float, high: float = math.inf, *, is_open: bool = False) -> None:
+    """Refuse a setting outside `[low, high]`, or outside `(low, high]` if `is_open`.
+
+    Raises:
+        ConfigError: naming the setting, its value and the range; a limit that is an int asks for an int.
+    """
+    is_number = isinstance(value, int if isinstance(low, int) else (int, float)) and not isinstance(value, bool)
+    if is_number and math.isfinite(value) and (low < value if is_open else low <= value) and value <= high:
+        return
+    kind = "an integer" if isinstance(low, int) else "a finite number"
+    lower = "" if low == -math.inf else f" above {low}" if is_open else f" at least {low}"
+    upper = "" if high == math.inf else f" and at most {high}"
+    raise ConfigError(f"{name} must be {kind}{lower}{upper}, not {value!r}.")
+
+
+def check_end_tokens(state: DecodingState, end_tokens: Sequence[int], vocab_size: int) -> None:
+    """Refuse end tokens that the model can never generate.
+
+    Raises:
+        ConfigError: naming them and the vocabulary.
+    """
+    known = {*end_tokens, *([] if state.end_tokens is None else state.end_tokens.tolist())}
+    outside = sorted(token for token in known if not 0 <= token < vocab_size)
+    if outside:
+        raise ConfigError(f"end tokens {outside} are outside the vocabulary of {vocab_size} tokens: no row can end so.")
