@@ -28,6 +28,7 @@ from torch.testing import assert_close
 
 from sat_lightning import AutoModel
 from sat_lightning.checkpoint import load_checkpoint
+from sat_lightning.generation.perplexity import evaluate_perplexity
 from sat_lightning.model import find_model
 from sat_lightning.models import import_families
 from tests import golden_mixins as user
@@ -86,14 +87,28 @@ def see(case):
                 case.compare(layer["hidden_states"], f"expected.{name}.layer{layer_id}.hidden_states")
 
 
+def measure_perplexity(case):
+    """Measure texts with and without words that may not be said; ours leaves the caller's tensors alone."""
+    given = {name: case.tensors[name].clone() for name in ("tokens", "attention_mask", "position_ids", "loss_mask")}
+    replaced = given | {"tokens": case.tensors["expected.tokens_used_invalid"]}
+    for reduction in ("mean", "none"):
+        with torch.no_grad():
+            plain = evaluate_perplexity(case.model, **given, reduction=reduction)
+            limited = evaluate_perplexity(case.model, **replaced, invalid_slices=[slice(50, None)], reduction=reduction)
+        case.compare(plain, f"expected.{reduction}")
+        case.compare(limited, f"expected.{reduction}_invalid")
+    for name, tensor in given.items():
+        assert torch.equal(tensor, case.tensors[name]), f"{name} was changed"
+
+
 #: Beginning of a case's name -> function of the case, which runs what the notes describe and compares.
-PROCEDURES = {"glm4v": see, "vit_interp": interpolate}
+PROCEDURES = {"gen_perplexity": measure_perplexity, "glm4v": see, "vit_interp": interpolate}
 #: Case -> arguments of from_pretrained that it needs.
 OPTIONS = {}
 #: Model class -> keywords of every call that the recording set otherwise: MAE's drawing was replaced by a tensor.
 KEYWORDS = {"MAE": {"noise": "@noise"}}
 #: Cases that are recorded for other tests: generation, adapters, faults.
-ELSEWHERE = re.compile(r"gen_|lora|adapter|ffadd|prefix|bug_|mlphead")
+ELSEWHERE = re.compile(r"gen_(?!perplexity)|lora|adapter|ffadd|prefix|bug_|mlphead")
 
 # Fields of a case's `config` that are no part of the architecture, and None for "default": left out.
 # SAT writes an epsilon that is not its default into model_config.json, and classes with their own keep it.

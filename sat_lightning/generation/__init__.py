@@ -6,35 +6,46 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sat_lightning.generation.choices import ChoiceScores, score_choices
     from sat_lightning.generation.engine import generate, stream
     from sat_lightning.generation.options import Generation, GenerationOptions, Streamed
+    from sat_lightning.generation.perplexity import evaluate_perplexity
     from sat_lightning.generation.processors import top_k_logits
     from sat_lightning.generation.sampling import draw_token, sample_continuation, sample_token
+    from sat_lightning.generation.scoring import TextScore, score
     from sat_lightning.generation.state import DecodingState, Hypothesis
     from sat_lightning.generation.strategies import BaseStrategy, greedy
 
 __all__ = [
     "BaseStrategy",
+    "ChoiceScores",
     "DecodingState",
     "Generation",
     "GenerationOptions",
     "Hypothesis",
     "Streamed",
+    "TextScore",
     "draw_token",
+    "evaluate_perplexity",
     "generate",
     "greedy",
     "sample_continuation",
     "sample_token",
+    "score",
+    "score_choices",
     "stream",
     "top_k_logits",
 ]
 
 # The names of each module.
 _LAZY = {
+    "choices": "ChoiceScores score_choices",
     "engine": "generate stream",
     "options": "Generation GenerationOptions Streamed",
+    "perplexity": "evaluate_perplexity",
     "processors": "top_k_logits",
     "sampling": "draw_token sample_continuation sample_token",
+    "scoring": "TextScore score",
     "state": "DecodingState Hypothesis",
     "strategies": "BaseStrategy greedy",
 }

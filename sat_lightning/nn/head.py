@@ -12,9 +12,15 @@ from sat_lightning.nn.loss import linear_cross_entropy
 
 
 def project(
-    hidden_states: Tensor, weight: Tensor, *, bias: Tensor | None = None, target_ids: Tensor | None = None, **kw: object
+    hidden_states: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    target_ids: Tensor | None = None,
+    loss_reduction: str = "mean",
+    **kw: object,
 ) -> Tensor:
-    """Score every word, or, when targets are known, return the mean cross entropy without building the logits.
+    """Score every word, or, when targets are known, return the cross entropy without building the logits.
 
     A `final_forward` marked `@computes_loss` ends in this call and passes its keywords on.
 
@@ -23,11 +29,12 @@ def project(
         weight: `[v, c]`.
         bias: `[v]`.
         target_ids: `[b, s]`, the word to predict at each place (already shifted), -100 where there is none.
+        loss_reduction: "mean", "sum", or "none" for the loss at each place; see `linear_cross_entropy`.
         **kw: ignored.
 
     Returns:
-        Logits `[b, s, v]`, or with `target_ids` a scalar.
+        Logits `[b, s, v]`, or with `target_ids` a scalar (`[b, s]` with "none").
     """
     if target_ids is None:
         return F.linear(hidden_states, weight, bias)
-    return linear_cross_entropy(hidden_states, weight, target_ids, bias=bias)
+    return linear_cross_entropy(hidden_states, weight, target_ids, bias=bias, reduction=loss_reduction)
