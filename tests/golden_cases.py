@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from sat_lightning import AutoModel
+from sat_lightning import AutoModel, mixins
 from sat_lightning.checkpoint import load_checkpoint
 from sat_lightning.generation.perplexity import evaluate_perplexity
 from sat_lightning.model import find_model
@@ -50,7 +50,10 @@ MIXINS = {
         "scale": user.HeadScale(c.num_attention_heads, c.head_size),
         "shift": user.HeadShift(c.num_attention_heads, c.head_size),
     },
+    "prefix_gpt2": lambda c: {"prefix-tuning": mixins.PrefixTuningMixin(c, prefix_len=5)},
 }
+#: Case -> mixins of the class that the user takes out first.
+REMOVED = {"mlphead_bert": ["bert-final"]}
 
 
 def _area(size):
@@ -108,7 +111,7 @@ OPTIONS = {}
 #: Model class -> keywords of every call that the recording set otherwise: MAE's drawing was replaced by a tensor.
 KEYWORDS = {"MAE": {"noise": "@noise"}}
 #: Cases that are recorded for other tests: generation, adapters, faults.
-ELSEWHERE = re.compile(r"gen_(?!perplexity)|lora|adapter|ffadd|prefix|bug_|mlphead")
+ELSEWHERE = re.compile(r"gen_(?!perplexity)|lora|adapter|ffadd|bug_|mlphead")
 
 # Fields of a case's `config` that are no part of the architecture, and None for "default": left out.
 # SAT writes an epsilon that is not its default into model_config.json, and classes with their own keep it.
@@ -142,6 +145,8 @@ class Case:
         values = json.loads((self.folder / "model_config.json").read_text())
         model_class = find_model(self.record["model_class"])
         model = model_class(model_class.config_class.from_dict(values).replace(**options))
+        for mixin_name in REMOVED.get(self.name, ()):
+            model.del_mixin(mixin_name)
         with warnings.catch_warnings() if self.name == "hook_replacable" else contextlib.nullcontext():
             warnings.simplefilter("ignore")  # a replaceable hook is replaced, which warns
             for mixin_name, mixin in MIXINS[self.name](model.config).items():

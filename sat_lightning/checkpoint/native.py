@@ -26,6 +26,8 @@ FORMAT_KEYS = ("format_version", "added_mixins", "removed_mixins", "parts")
 """What model_config.json holds beside the configuration."""
 
 _MODEL_CONFIG = {"is": "the model's config"}
+_SWITCHES = {"enabled": True, "scale": 1.0}
+"""What a method of fine-tuning has beside its settings, and its usual value, which is not written."""
 
 
 def save_pretrained(model: AnyModel, folder: str | os.PathLike[str], *, max_shard_size: int = MAX_SHARD_SIZE) -> None:
@@ -140,11 +142,16 @@ def _rebuild_mixins(model: AnyModel, values: Mapping[str, Any], what: str) -> No
         if "*" in settings:  # all that stand before it go by position too
             names = list(settings)
             positional = [settings.pop(name) for name in names[: names.index("*")]] + settings.pop("*")
-        model.add_mixin(entry["name"], mixin_class(*positional, **settings))
+        mixin = mixin_class(*positional, **settings)
+        for switch in _SWITCHES.keys() & entry.keys():
+            setattr(mixin, switch, entry[switch])
+        model.add_mixin(entry["name"], mixin)
 
 
 def _record(name: str, mixin: Any, config: TransformerConfig) -> dict[str, Any]:
     entry: dict[str, Any] = {"name": name, "class_path": f"{type(mixin).__module__}.{type(mixin).__qualname__}"}
+    if mixin.freezes_base:
+        entry |= {key: getattr(mixin, key) for key, usual in _SWITCHES.items() if getattr(mixin, key, usual) != usual}
     args, kwargs = getattr(mixin, "init_arguments", ((), {}))
     bound = inspect.signature(type(mixin)).bind(*args, **kwargs)
     settings: dict[str, Any] = {}

@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from sat_lightning.mixins.past_key_values import PastKeyValuesMixin
     from sat_lightning.mixins.patch_embedding import ImageConfig, PatchEmbeddingMixin, WholeTableMixin
     from sat_lightning.mixins.pooler import PoolerMixin
+    from sat_lightning.mixins.prefix_tuning import PrefixTuningMixin, PTuningV2Mixin
     from sat_lightning.mixins.qk_norm import QKNormMixin
     from sat_lightning.mixins.relative_bias import RelativeBiasMixin
     from sat_lightning.mixins.rotary import RotaryMixin
     from sat_lightning.mixins.routing import TopKRoutingMixin
     from sat_lightning.mixins.static_cache import KeyValueCache, StaticCacheMixin
     from sat_lightning.mixins.token_types import TokenTypesMixin
+    from sat_lightning.mixins.tuning import TuningMixin
 
 __all__ = [
     "CachedAutoregressiveMixin",
@@ -31,15 +33,18 @@ __all__ = [
     "LMHeadMixin",
     "LocalAttentionMixin",
     "MaskedLMHeadMixin",
+    "PTuningV2Mixin",
     "PastKeyValuesMixin",
     "PatchEmbeddingMixin",
     "PoolerMixin",
+    "PrefixTuningMixin",
     "QKNormMixin",
     "RelativeBiasMixin",
     "RotaryMixin",
     "StaticCacheMixin",
     "TokenTypesMixin",
     "TopKRoutingMixin",
+    "TuningMixin",
     "WholeTableMixin",
 ]
 
@@ -54,12 +59,14 @@ _LAZY = {
     "past_key_values": "PastKeyValuesMixin",
     "patch_embedding": "ImageConfig PatchEmbeddingMixin WholeTableMixin",
     "pooler": "PoolerMixin",
+    "prefix_tuning": "PTuningV2Mixin PrefixTuningMixin",
     "qk_norm": "QKNormMixin",
     "relative_bias": "RelativeBiasMixin",
     "rotary": "RotaryMixin",
     "routing": "TopKRoutingMixin",
     "static_cache": "KeyValueCache StaticCacheMixin",
     "token_types": "TokenTypesMixin",
+    "tuning": "TuningMixin",
 }
 
 

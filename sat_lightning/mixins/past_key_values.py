@@ -47,7 +47,11 @@ class PastKeyValuesMixin(BaseMixin):
         if past is not None:
             key, value = (torch.cat([self._read(old), new], dim=2) for old, new in zip(past, (key, value), strict=True))
         if not self.training:
-            kw["output_this_layer"]["past_key_values"] = (self._write(key), self._write(value))
+            length = key.shape[2] - kw.get("appended_keys", 0)  # a prefix is there again the next time
+            kw["output_this_layer"]["past_key_values"] = (
+                self._write(key[:, :, :length]),
+                self._write(value[:, :, :length]),
+            )
         return old_impl(query, key, value, mask, dropout_fn, **kw)
 
     def length_of(self, past_key_values: Sequence[tuple[Tensor, Tensor] | None] | None) -> int:

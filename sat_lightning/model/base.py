@@ -159,9 +159,8 @@ class BaseModel(Persistent, nn.Module):
             raise HookError(f"'{name}' is a {type(new_mixin).__name__}, not a BaseMixin. Subclass BaseMixin.")
         if name in self.mixins:
             raise HookError(f"A mixin named '{name}' is there already. Call del_mixin('{name}'), or choose a name.")
-        before = new_mixin.__dict__.get("transformer")
-        # Not a submodule: the backbone is registered once, in the model.
-        object.__setattr__(new_mixin, "transformer", self.transformer)
+        before = new_mixin.__dict__.get("transformer"), new_mixin._owner
+        _attach(new_mixin, self.transformer, self)
         try:
             self.mixins[name] = new_mixin
             self._resolve()
@@ -170,7 +169,7 @@ class BaseModel(Persistent, nn.Module):
         except BaseException:
             if self.mixins._modules.get(name) is new_mixin:
                 self.del_mixin(name)
-            object.__setattr__(new_mixin, "transformer", before)
+            _attach(new_mixin, *before)
             raise
 
     def del_mixin(self, name: str) -> None:
@@ -188,7 +187,7 @@ class BaseModel(Persistent, nn.Module):
             self.mixins.clear()
             self.mixins.update(dict(order))
             raise
-        object.__setattr__(mixin, "transformer", None)
+        _attach(mixin, None, None)
 
     def get_mixin(self, name: str) -> Any:
         """Return the mixin of that name.
@@ -206,7 +205,8 @@ class BaseModel(Persistent, nn.Module):
             self.get_mixin(name).reinit(self)
 
     def _resolve(self) -> None:
-        object.__setattr__(self, "hooks", resolve_hooks(self.transformer, self, dict(self.mixins.items())))
+        speaking = {name: mixin for name, mixin in self.mixins.items() if not mixin._is_silent}
+        object.__setattr__(self, "hooks", resolve_hooks(self.transformer, self, speaking))
 
     def _add_provenance(self, error: Exception, input_ids: Tensor, position_ids: Tensor | None) -> None:
         changed = [f"{seam} = {chain}" for seam, chain in self.hook_origins.items() if chain != "default"]
@@ -218,6 +218,12 @@ class BaseModel(Persistent, nn.Module):
                 f"position_ids reach {_largest(position_ids)}, max_sequence_length is "
                 f"{self.config.max_sequence_length}.",
             )
+
+
+def _attach(mixin: BaseMixin, transformer: Transformer | None, owner: BaseModel | None) -> None:
+    """Tell a mixin where it is; neither is its submodule: the backbone is registered once, in the model."""
+    object.__setattr__(mixin, "transformer", transformer)
+    object.__setattr__(mixin, "_owner", owner)
 
 
 def read_config(config: TransformerConfig, config_class: type[ConfigT]) -> ConfigT:

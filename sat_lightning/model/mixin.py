@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
@@ -31,6 +31,15 @@ class BaseMixin(nn.Module):
     """
 
     transformer: Transformer
+    #: Whether training freezes all else of the model, unless patterns over names say what trains.
+    freezes_base: ClassVar[bool] = False
+    #: Whether its parameters train also where another mixin freezes the base: heads of a new task.
+    stays_trainable: ClassVar[bool] = False
+    #: Patterns over names of the model's other parameters that train with it, as `\.bias$`.
+    tuned_parameters: tuple[str, ...] = ()
+    #: Whether its hooks are left out when a model resolves them; see `mixins.tuning`.
+    _is_silent: bool = False
+    _owner: BaseModel | None = None
     #: What the mixin was built with, (args, kwargs), so that a folder can say how to build it again.
     init_arguments: tuple[tuple[Any, ...], dict[str, Any]]
     non_conflict = staticmethod(hooks.non_conflict)

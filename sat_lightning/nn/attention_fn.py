@@ -71,6 +71,7 @@ def attention_fn_default(
     causal_mask: Tensor | None = None,
     full_mask: Tensor | None = None,
     binary_masks: tuple[Tensor, ...] = (),
+    appended_keys: int = 0,
     attention_backend: str = "auto",
     **kw: object,
 ) -> Tensor:
@@ -85,6 +86,7 @@ def attention_fn_default(
         log_attention_weights: see above.
         scaling_attention_score: see above.
         causal_mask: the mask object known to be lower triangular; with s < t the last query sees every key.
+        appended_keys: how many of the last keys a causal mask is not about: every query sees them.
         full_mask: the mask object known to hide nothing, as None does.
         binary_masks: mask objects known to hold only 0 and 1.
         attention_backend: `auto`, `eager`, `sdpa`, `flash` or `flex`.
@@ -94,6 +96,10 @@ def attention_fn_default(
         InputError: if the mask does not fit the keys, or the backend cannot serve the call.
     """
     mask, is_causal, is_exact = _read_mask(attention_mask, query, key, causal_mask, full_mask, binary_masks)
+    if is_causal and appended_keys:
+        # In front of the others they are what the last query, and each before it, sees anyway.
+        key, value = key.roll(appended_keys, 2), value.roll(appended_keys, 2)
+        log_attention_weights = _roll(log_attention_weights, appended_keys)
     dropout_prob = _acting_prob(attention_dropout)
     plan = _Plan(mask, is_causal, log_attention_weights, scaling_attention_score, dropout_prob)
     if attention_backend == "flex":
@@ -102,12 +108,25 @@ def attention_fn_default(
         # Fractions in a mask scale the scores, which no fused kernel does.
         exact = _tensor_mask(plan, query, key)
         return standard_attention(query, key, value, exact, attention_dropout, plan.weights, plan.is_scaled)
-    if attention_backend == "flash":
+    return _fused(query, key, value, plan, attention_backend)
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, plan: _Plan, backend: str) -> Tensor:
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    if plan.is_causal and plan.weights is None and num_queries < num_keys <= 2 * num_queries:
+        # Queries in front, of which nothing is kept, make it square: what fused kernels know how to leave out.
+        query = F.pad(query, (0, 0, num_keys - num_queries, 0))
+        return _fused(query, key, value, plan, backend)[:, :, -num_queries:]
+    if backend == "flash":
         return _flash(query, key, value, plan)
-    if attention_backend == "auto" and _is_plain(plan) and is_blocked_faster(query, key):
+    if backend == "auto" and _is_plain(plan) and is_blocked_faster(query, key):
         scale = 1.0 / math.sqrt(query.shape[-1]) if plan.is_scaled else 1.0
-        return blocked_attention(query, key, value, is_causal=is_causal, scale=scale)
+        return blocked_attention(query, key, value, is_causal=plan.is_causal, scale=scale)
     return _sdpa(query, key, value, plan)
+
+
+def _roll(weights: Tensor | None, count: int) -> Tensor | None:
+    return weights if weights is None or weights.shape[-1] == 1 else weights.roll(count, -1)
 
 
 def _acting_prob(dropout: nn.Module | None) -> float:

@@ -7,7 +7,8 @@ may look nowhere averages all values and is never NaN. A mask without a zero hid
 fractions count literally only beside a zero. Three facts about a mask are known because the backbone made it,
 not because anybody inspected it, and travel as keywords to every `attention_fn`:
 
-    causal_mask    the object that is exactly lower triangular, or None
+    causal_mask    the object that is exactly lower triangular, or None; of keys that a hook appends it says nothing:
+                   `appended_keys` of the last keys are seen by every query
     full_mask      the object that hides nothing, or None
     binary_masks   objects that hold only 0 and 1 (they came as bool or integer, or were made here)
 

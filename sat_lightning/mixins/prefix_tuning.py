@@ -1,0 +1,150 @@
+"""Prefix-tuning: keys and values of tokens that were never there.
+
+Legend: b batch, h heads, k key/value heads, s query length, t key length, n prefix length, d head size, m inner size of
+the projection.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sat_lightning.config import TransformerConfig
+from sat_lightning.errors import ConfigError
+from sat_lightning.hooks import non_conflict, passes_mask
+from sat_lightning.mixins.tuning import TuningMixin
+from sat_lightning.nn.linear import Embedding, Linear, normal_init
+
+
+class PrefixTuningMixin(TuningMixin):
+    """Let every token of every layer attend to `prefix_len` learned keys and values too.
+
+    Prefix-tuning (Li and Liang 2021, arXiv:2101.00190) in all layers, as P-tuning v2 (Liu et al. 2021,
+    arXiv:2110.07602) has it. They stand behind the sequence, carry no position, and are seen by every query; cross
+    attention is left as it is. `scale` multiplies the weight of the prefix before weights are made to sum to 1.
+
+    Args:
+        config: gives the sizes.
+        prefix_len: n.
+        projection_size: m. Keys and values then come out of an MLP over one embedding, which trains more evenly;
+            `folded()` is the same prefix without it. Default: they are the parameters themselves.
+
+    Raises:
+        ConfigError: for a length below 1, or sizes in the place of the configuration.
+    """
+
+    def __init__(self, config: TransformerConfig, prefix_len: int = 16, projection_size: int | None = None) -> None:
+        super().__init__()
+        self.config = config
+        if prefix_len < 1:
+            raise ConfigError(f"prefix_len is {prefix_len}, it must be at least 1.")
+        self.shape = (2, config.num_key_value_heads, prefix_len, config.head_size)
+        self.prefix_len = prefix_len
+        init = normal_init(config.init_method_std)
+        if projection_size is None:
+            self.prefix = nn.ParameterList(nn.Parameter(torch.empty(self.shape)) for _ in range(config.num_layers))
+            for prefix in self.prefix:
+                init(prefix)
+        else:
+            self.projection = _Projection(config, prefix_len, projection_size)
+
+    @non_conflict
+    @passes_mask
+    def attention_fn(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor,
+        dropout_fn: nn.Module | None,
+        *,
+        old_impl: Callable[..., Tensor],
+        **kw: Any,
+    ) -> Tensor:
+        """Append the layer's prefix `[k, n, d]` to keys and values `[b, k, t, d]` of self-attention."""
+        if kw.get("cross_attention") or self.scale == 0.0:
+            return old_impl(query, key, value, mask, dropout_fn, **kw)
+        more_keys, more_values = self.keys_and_values(kw["layer_id"]).to(key.dtype)
+        mask, kw = extend_mask(mask, self._weigh(kw, key), key.shape[2], self.prefix_len)
+        key, value = (
+            torch.cat([x, more.expand(x.shape[0], -1, -1, -1)], dim=2)
+            for x, more in ((key, more_keys), (value, more_values))
+        )
+        return old_impl(query, key, value, mask, dropout_fn, **kw)
+
+    def keys_and_values(self, layer_id: int) -> Tensor:
+        """Return a layer's prefix, `[2, k, n, d]`."""
+        return self.projection(layer_id, self.shape) if hasattr(self, "projection") else self.prefix[layer_id]
+
+    def folded(self) -> PrefixTuningMixin:
+        """Return a new mixin with the same keys and values as plain parameters; put it in the place of this one."""
+        with torch.no_grad():
+            result = PrefixTuningMixin(self.config, self.prefix_len)
+            for layer_id, prefix in enumerate(result.prefix):
+                prefix.copy_(self.keys_and_values(layer_id))
+        result.scale = self.scale
+        return result
+
+    def _weigh(self, kw: dict[str, Any], key: Tensor) -> dict[str, Any]:
+        """Extend log attention weights `[1|b, 1|h, 1|s, t]` by the prefix, whose weight is `scale`."""
+        given = kw.get("log_attention_weights")
+        if given is None and self.scale == 1.0:
+            return kw
+        given = key.new_zeros(1, 1, 1, 1) if given is None else given
+        whole = given.expand(*given.shape[:-1], key.shape[2])
+        return {
+            **kw,
+            "log_attention_weights": nn.functional.pad(whole, (0, self.prefix_len), value=math.log(self.scale)),
+        }
+
+
+PTuningV2Mixin = PrefixTuningMixin
+"""SAT's other name."""
+
+
+class _Projection(nn.Module):
+    """An embedding of the prefix, and an MLP that makes keys and values of all layers of it."""
+
+    def __init__(self, config: TransformerConfig, prefix_len: int, inner_size: int) -> None:
+        super().__init__()
+        init, size = normal_init(config.init_method_std), 2 * config.num_key_value_heads * config.head_size
+        self.embedding = Embedding(prefix_len, config.hidden_size, normal_init(1.0))
+        self.dense = Linear(config.hidden_size, inner_size, True, init)
+        self.out = nn.ModuleList(Linear(inner_size, size, True, init) for _ in range(config.num_layers))
+
+    def forward(self, layer_id: int, shape: tuple[int, ...]) -> Tensor:
+        # Again in every layer, which is n tokens' work: a result that travels would be one more thing to keep.
+        inner = torch.tanh(self.dense(self.embedding.weight))  # [n, m]
+        two, num_heads, length, head_size = shape
+        return self.out[layer_id](inner).view(length, two, num_heads, head_size).permute(1, 2, 0, 3)
+
+
+def extend_mask(mask: Tensor, kw: dict[str, Any], key_length: int, appended: int) -> tuple[Tensor, dict[str, Any]]:
+    """Make keys visible that are appended behind the sequence: the mask and the keywords for them.
+
+    What is known of a mask stays known: a full one is full, a causal one lower triangular over the keys before the
+    appended ones, of which `appended_keys` holds the number.
+
+    Args:
+        mask: of an `attention_fn`.
+        kw: its keywords.
+        key_length: t, without the appended keys.
+        appended: how many are added now.
+
+    Returns:
+        The mask `[.., t + appended]`, and new keywords.
+    """
+    kw = {**kw, "appended_keys": kw.get("appended_keys", 0) + appended}
+    if mask is kw.get("full_mask") or (mask is kw.get("causal_mask") and not kw["hooks"].reads_mask):
+        return mask, kw  # one element, that stands for all
+    whole = mask.expand(*mask.shape[:-1], key_length)
+    extended = torch.cat([whole, whole.new_ones(*whole.shape[:-1], appended)], dim=-1)
+    if mask is kw.get("causal_mask"):
+        kw["causal_mask"] = extended
+    elif any(mask is known for known in kw.get("binary_masks", ())):
+        kw["binary_masks"] = (*kw["binary_masks"], extended)
+    return extended, kw

@@ -1,0 +1,67 @@
+"""What the methods of fine-tuning share: they freeze the base, and can be switched off and weighed."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, ClassVar, cast
+
+from sat_lightning.config import TransformerConfig
+from sat_lightning.errors import ConfigError
+from sat_lightning.model import BaseMixin
+
+
+class TuningMixin(BaseMixin):
+    """A method of fine-tuning: few parameters that train while the base stays as it is.
+
+    A subclass is built by `XMixin(config, *, own settings)`. Training freezes everything but such mixins, and what
+    their `tuned_parameters` name. One that is disabled is out of the forward, and costs nothing there.
+    """
+
+    freezes_base: ClassVar[bool] = True
+    stays_trainable: ClassVar[bool] = True
+    #: Factor to what the method adds: 1 as trained, 0 as if it were not there. A number, never a tensor.
+    scale: float = 1.0
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> TuningMixin:
+        """Refuse sizes in the place of the configuration, as SAT's constructors take them."""
+        if args and not isinstance(args[0], TransformerConfig):
+            settings = list(inspect.signature(cls.__init__).parameters)[2:]
+            raise ConfigError(
+                f"{cls.__name__} takes the model's configuration, which knows the sizes, and got {args[0]!r}. Write "
+                f"{cls.__name__}(model.config, ...), with its settings by name: {', '.join(settings) or 'none'}."
+            )
+        return cast(TuningMixin, super().__new__(cls, *args, **kwargs))
+
+    @property
+    def enabled(self) -> bool:
+        """Whether its hooks take part."""
+        return not self._is_silent
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._set_silent(not value)
+
+    def enable(self) -> None:
+        """Take part again, at the same place among the model's mixins.
+
+        Raises:
+            HookConflictError: if another mixin has taken the seam meanwhile; this one then stays disabled.
+        """
+        self._set_silent(False)
+
+    def disable(self) -> None:
+        """Leave the forward, and keep the parameters.
+
+        Raises:
+            HookError: if another mixin cannot stand without this one, which then stays enabled.
+        """
+        self._set_silent(True)
+
+    def _set_silent(self, is_silent: bool) -> None:
+        before, self._is_silent = self._is_silent, is_silent
+        try:
+            if self._owner is not None:
+                self._owner._resolve()
+        except BaseException:
+            self._is_silent = before
+            raise
