@@ -6,6 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sat_lightning.generation.beam import BeamSearchStrategy
+    from sat_lightning.generation.beam_scoring import PlainBeamScoring, SatBeamScoring
     from sat_lightning.generation.choices import ChoiceScores, score_choices
     from sat_lightning.generation.engine import generate, stream
     from sat_lightning.generation.options import Generation, GenerationOptions, Streamed
@@ -18,11 +20,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BaseStrategy",
+    "BeamSearchStrategy",
     "ChoiceScores",
     "DecodingState",
     "Generation",
     "GenerationOptions",
     "Hypothesis",
+    "PlainBeamScoring",
+    "SatBeamScoring",
     "Streamed",
     "TextScore",
     "draw_token",
@@ -39,6 +44,8 @@ __all__ = [
 
 # The names of each module.
 _LAZY = {
+    "beam": "BeamSearchStrategy",
+    "beam_scoring": "PlainBeamScoring SatBeamScoring",
     "choices": "ChoiceScores score_choices",
     "engine": "generate stream",
     "options": "Generation GenerationOptions Streamed",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -16,8 +16,21 @@ from sat_lightning.generation.state import DecodingState
 Processor = Callable[[Tensor, DecodingState], Tensor]
 
 
+class SatSettings:
+    """The settings that SAT's constructors take, each strategy in an order of its own."""
+
+    invalid_slices: Sequence[Any]
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+    no_repeat_ngram_size: int
+    min_tgt_length: int
+    end_tokens: Sequence[int] | None
+
+
 @dataclass(eq=False, kw_only=True)
-class LogitsRules:
+class LogitsRules(SatSettings):
     """Settings that a strategy takes by keyword, and their order: penalties, processors, temperature, bans, filters.
 
     Raises:
@@ -42,16 +55,6 @@ class LogitsRules:
     """Whether the n-grams of the prompt, too, may not be repeated (Hugging Face), or only generated ones (SAT)."""
     processors: Sequence[Processor] = ()
     """Functions `(logits, state) -> logits` of your own, applied in this order behind the penalties."""
-
-    if TYPE_CHECKING:  # the settings that SAT's constructors take in an order of their own
-        invalid_slices: Sequence[Any]
-        temperature: float
-        top_k: int
-        top_p: float
-        repetition_penalty: float
-        no_repeat_ngram_size: int
-        min_tgt_length: int
-        end_tokens: Sequence[int] | None
 
     def __post_init__(self) -> None:
         """Check every value, and make the sequences tuples."""
