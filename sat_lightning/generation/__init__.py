@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from sat_lightning.generation.beam_scoring import PlainBeamScoring, SatBeamScoring
     from sat_lightning.generation.choices import ChoiceScores, score_choices
     from sat_lightning.generation.engine import generate, stream
+    from sat_lightning.generation.metrics import PerplexityMetric
     from sat_lightning.generation.options import Generation, GenerationOptions, Streamed
     from sat_lightning.generation.perplexity import evaluate_perplexity
     from sat_lightning.generation.processors import top_k_logits
@@ -26,6 +27,7 @@ __all__ = [
     "Generation",
     "GenerationOptions",
     "Hypothesis",
+    "PerplexityMetric",
     "PlainBeamScoring",
     "SatBeamScoring",
     "Streamed",
@@ -48,6 +50,7 @@ _LAZY = {
     "beam_scoring": "PlainBeamScoring SatBeamScoring",
     "choices": "ChoiceScores score_choices",
     "engine": "generate stream",
+    "metrics": "PerplexityMetric",
     "options": "Generation GenerationOptions Streamed",
     "perplexity": "evaluate_perplexity",
     "processors": "top_k_logits",
