@@ -14,6 +14,7 @@ import torch
 from sat_lightning import AutoModel
 from sat_lightning.cli import main
 from sat_lightning.training import find_resume_checkpoint
+from sat_lightning.training.zero_checkpoint import read_as_lightning
 from tests.test_cli import RECIPE, refusal
 
 MINE = """
@@ -168,3 +169,40 @@ def test_checkpoints_without_the_frozen_base(folder: Path, capsys: pytest.Captur
     one, two = (saved(path / "checkpoints" / "last.ckpt") for path in (Path("runs/tiny/version_0"), run))
     assert all(torch.equal(value, two["state_dict"][name]) for name, value in one["state_dict"].items())
     assert one["frozen_base"] == two["frozen_base"]
+    checkpoint = str(run / "checkpoints" / "last.ckpt")
+    words = ["validate", "--config", "tiny.yaml", *trainable, "--trainer.callbacks", "[{class_path: TrainableOnly}]"]
+    main([*words, "--ckpt_path", checkpoint])
+    assert "was trained on another base" in refusal(
+        capsys, *words, "--ckpt_path", checkpoint, "--seed_everything", "7", code=1
+    )
+
+
+@pytest.mark.timeout(600)
+def test_zero_resumes_and_validates_on_a_base_that_it_began_with(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The base is no part of the checkpoints: each time it is read from the folder, by a model that ZeRO-3 splits."""
+    for seed in ("3", "4"):
+        fit("--seed_everything", seed, more=", {class_path: ExportModel}")
+    begin = ["--init_from", "runs/tiny/version_0/model", "--model.trainable", "[final_layernorm]"]
+    begin += ["--trainer.strategy", "zero_3", "--trainer.accelerator", "cpu"]
+    more = ", {class_path: TrainableOnly}"
+    fit(*begin, more=more)
+    run = stopped(*begin, at=2, more=more)
+    main(["fit", "--resume", str(run)])
+    one, two = (read_as_lightning(path / "checkpoints" / "last.ckpt") for path in (Path("runs/tiny/version_2"), run))
+    assert set(one["state_dict"]) == {f"model.transformer.final_layernorm.{name}" for name in ("weight", "bias")}
+    assert all(torch.equal(value, two["state_dict"][name]) for name, value in one["state_dict"].items())
+    assert one["frozen_base"] == two["frozen_base"] and two["global_step"] == 4
+    checkpoint = ["--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
+    words = ["validate", "--config", "tiny.yaml", *begin, "--trainer.callbacks", "[{class_path: TrainableOnly}]"]
+    for strategy in ("zero_3", "auto"):
+        main([*words, *checkpoint, "--trainer.strategy", strategy])
+        other = [*checkpoint, "--trainer.strategy", strategy, "--init_from", "runs/tiny/version_1/model"]
+        assert "was trained on another base" in refusal(capsys, *words, *other, code=1)
+    files = [run.parent / f"version_{number}" / "metrics.csv" for number in (4, 6)]
+    losses = [float(path.read_text().splitlines()[1].split(",")[-1]) for path in files]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    bare = ["validate", "--config", "tiny.yaml", *begin, *checkpoint, "--trainer.strategy", "auto"]
+    with pytest.raises(RuntimeError, match="Missing key"):  # Lightning's: without the callback nothing may lack
+        main(bare)

@@ -50,15 +50,16 @@ TOLERANCES = {"32-true": 2e-5, "bf16-mixed": 2e-2}
 NORM_TOLERANCES = {"32-true": 1e-4, "bf16-mixed": 5e-2, "zero_0-bf16-mixed": 2e-1}
 
 
-def job(case: Case, name: str | None = None, **arguments: str) -> dict[str, Any]:
+def job(case: Case, name: str | None = None, **arguments: Any) -> dict[str, Any]:
     return {"name": name or str(case), "case": asdict(case), **arguments}
 
 
-def run_in_two_processes(folder: Path, jobs: list[dict[str, Any]]) -> dict[str, Any]:
+def run_in_processes(folder: Path, jobs: list[dict[str, Any]], num_ranks: int = 2) -> dict[str, Any]:
     (folder / "jobs.json").write_text(json.dumps(jobs))
     ours = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
     environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES} | ours
-    command = [sys.executable, "-m", "tests.zero_worker", str(folder / "jobs.json"), str(folder / "results.json")]
+    files = [str(folder / "jobs.json"), str(folder / "results.json")]
+    command = [sys.executable, "-m", "tests.zero_worker", *files, str(num_ranks)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((folder / "results.json").read_text())
@@ -97,7 +98,7 @@ def quick_results(folder: Path) -> dict[str, Any]:
             jobs.append(job(case, f"resumed-{case}", **at))
     for name, case, source in FROM_ELSEWHERE:
         jobs.append(job(case, name, folder=str(folder / name), resume=str(folder / source / "middle.ckpt")))
-    return run_in_two_processes(folder, jobs) | {"one": from_one}
+    return run_in_processes(folder, jobs) | {"one": from_one}
 
 
 @pytest.mark.timeout(900)
@@ -193,7 +194,7 @@ def test_consolidated_weights_are_the_model(quick_results: dict[str, Any], folde
 
 @pytest.fixture(scope="module")
 def all_results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_in_two_processes(tmp_path_factory.mktemp("matrix"), [job(case) for case in MATRIX])
+    return run_in_processes(tmp_path_factory.mktemp("matrix"), [job(case) for case in MATRIX])
 
 
 @pytest.mark.slow

@@ -16,7 +16,15 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch.utils.data import DataLoader, Sampler
 
 from sat_lightning import AutoModel, BaseMixin, BaseModel, TransformerConfig, non_conflict
-from sat_lightning.training import LanguageModelingTask, OptimConfig, SATDeepSpeedStrategy, ZeroOptions
+from sat_lightning.training import (
+    ExactResume,
+    LanguageModelingTask,
+    OptimConfig,
+    SATDeepSpeedStrategy,
+    TrainableOnly,
+    ZeroOptions,
+)
+from sat_lightning.training.initialise import init_from
 from tests.training_examples import SIZES, ScaleMixin, counting_rows, make_model, make_task, make_trainer
 
 NUM_STEPS, MIDDLE = 4, 2
@@ -82,6 +90,35 @@ FAMILIES: dict[str, Callable[[], LanguageModelingTask]] = {
     "tied_with_list": tied_with_list,
     "pretrained": pretrained,
 }
+
+
+def finetune() -> LanguageModelingTask:
+    """A third of the weights trains: enough that what a checkpoint holds beside them does not count."""
+    build = partial(make_model, hidden_size=96, vocab_size=500)
+    return make_task(
+        build, mixins={"scale": ScaleMixin}, trainable=[r"^mixins\.scale\.", r"layers\.1\.mlp"], optim=OPTIM
+    )
+
+
+class Stranger(L.LightningModule):
+    """Not ours: builds two layers that share a weight, and has neither a `model` nor a schedule."""
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "embedding"):
+            self.embedding, self.head = torch.nn.Embedding(17, 32), torch.nn.Linear(32, 17)
+            self.head.weight = self.embedding.weight
+            self.register_buffer("offset", torch.rand(32))
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        logits = self.head(self.embedding(batch["input_ids"]) + self.offset)
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch["target_ids"].flatten())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+#: What is resumed and begun with in other tests, but is not in the matrix.
+OTHERS: dict[str, Callable[[], Any]] = {"finetune": finetune, "stranger": Stranger}
 
 
 @dataclass(frozen=True)
@@ -192,15 +229,31 @@ def make_case_trainer(case: Case, num_ranks: int, **arguments: Any) -> L.Trainer
     )
 
 
-def run_case(case: Case, num_ranks: int, rank: int, folder: str | None = None, resume: str | None = None) -> dict:
+def run_case(
+    case: Case,
+    num_ranks: int,
+    rank: int,
+    folder: str | None = None,
+    resume: str | None = None,
+    *,
+    seed: int = 0,
+    reset: tuple[str, ...] = (),
+    begin_with: str | None = None,
+    trainable_only: bool = False,
+) -> dict:
     """Train; with `folder` write checkpoints, with `resume` begin at one that lies in the middle."""
-    L.seed_everything(0, verbose=False)
+    L.seed_everything(seed, verbose=False)
     recorder = Recorder(None if folder is None else Path(folder))
+    more: list[L.Callback] = [TrainableOnly()] if trainable_only else []
+    more += [ExactResume(reset)] if reset else []
+    module = {**FAMILIES, **OTHERS}[case.family]()
+    if begin_with:
+        init_from(module, begin_with)
     logger = NormLogger()
     loader = make_loader(rank, num_ranks, MIDDLE * case.accumulate if resume else 0)
     with TemporaryDirectory() as root:
         trainer = make_case_trainer(
-            case, num_ranks, callbacks=[recorder], logger=logger, default_root_dir=folder or root
+            case, num_ranks, callbacks=[recorder, *more], logger=logger, default_root_dir=folder or root
         )
-        trainer.fit(FAMILIES[case.family](), loader, ckpt_path=resume)
+        trainer.fit(module, loader, ckpt_path=resume)
     return {"losses": recorder.losses, "norms": logger.norms, "global_step": trainer.global_step}

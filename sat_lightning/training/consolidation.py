@@ -115,9 +115,23 @@ def _gather(module: nn.Module, strategy: Any) -> Iterator[tuple[str, Tensor]]:  
             yield name, done[id(tensor)]
 
 
+def gather_tensor(tensor: Tensor, strategy: Any) -> Tensor:  # noqa: ANN401
+    """Gather a tensor that ZeRO-3 has split; every rank has to call this.
+
+    Args:
+        tensor: a parameter or a buffer.
+        strategy: of the run.
+
+    Returns:
+        On rank 0 the flattened whole, bit for bit; on the others of the same size.
+    """
+    return _assemble(prod(full_shape(tensor)), *local_part(tensor), strategy)
+
+
 def _assemble(size: int, start: int, piece: Tensor, strategy: Any) -> Tensor:  # noqa: ANN401
     whole = torch.zeros(size, dtype=piece.dtype, device=strategy.root_device)
     whole[start : start + piece.numel()] = piece
     if strategy.world_size > 1:
-        torch.distributed.reduce(whole, 0)  # each element is on one rank, so nothing is rounded
+        # Each element is on one rank: added as bytes, nothing is rounded and the sign of a zero stays.
+        torch.distributed.reduce(whole.view(torch.uint8), 0)
     return whole

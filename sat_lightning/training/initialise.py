@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
@@ -13,9 +14,11 @@ from torch import Tensor
 from sat_lightning.checkpoint import load_checkpoint
 from sat_lightning.checkpoint.fitting import Incoming, fit
 from sat_lightning.checkpoint.report import Tolerance, some
-from sat_lightning.errors import CheckpointError, ConfigError
+from sat_lightning.checkpoint.split import copy_into, full_shape, is_split
+from sat_lightning.errors import CheckpointError
 from sat_lightning.model import BaseModel
-from sat_lightning.training.checkpoints import AtomicCheckpointIO
+from sat_lightning.training.checkpoints import FOLDER_STATE_NAME, AtomicCheckpointIO
+from sat_lightning.training.frozen_base import FROZEN_BASE_KEY, refuse_differing
 
 _FILES_OF_RUNS = (".ckpt", ".pt")
 
@@ -23,11 +26,13 @@ _FILES_OF_RUNS = (".ckpt", ".pt")
 def init_from(module: L.LightningModule, path: str | os.PathLike[str]) -> None:
     """Begin with the weights of a file: now, or as soon as the module has built its model.
 
-    Mixins that were added to the model keep their own first weights where the file has none; all else has to fit.
+    Mixins that were added to the model keep their own first weights where the file has none; all else has to fit. A
+    model that ZeRO-3 splits while it is built takes on each rank the pieces that are kept there.
 
     Args:
         module: not fitted yet.
-        path: a training checkpoint, a model folder (ours, SAT's or Hugging Face's), or a `.safetensors` file.
+        path: a training checkpoint of any strategy, a model folder (ours, SAT's or Hugging Face's), or a `.safetensors`
+            file.
 
     Raises:
         CheckpointError: there is nothing to read, or it does not fit.
@@ -42,21 +47,15 @@ def init_from(module: L.LightningModule, path: str | os.PathLike[str]) -> None:
 
 
 def _configure_and_read(module: L.LightningModule, configure: Any, path: str | os.PathLike[str]) -> None:  # noqa: ANN401
-    is_first = getattr(module, "model", None) is None
+    module.configure_model = configure  # type: ignore  # Lightning calls it before each run
     configure()
-    if is_first:
-        _read_weights(module, Path(path))
+    _read_weights(module, Path(path))
 
 
 def _read_weights(module: L.LightningModule, path: Path) -> None:
-    if any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
-        raise ConfigError(
-            "init_from: under ZeRO-3 no rank has the weights whole. Let the model be built from a model folder "
-            "(from_pretrained), or begin under zero_2 and resume under zero_3."
-        )
     model = getattr(module, "model", None)
     if not isinstance(model, BaseModel):
-        module.load_state_dict(_weights_of_run(path))
+        _fill(module, _weights_of_run(path), path)
         return
     added = tuple(f"mixins.{name}.*" for name in getattr(module, "_mixin_factories", ()))
     if path.suffix in _FILES_OF_RUNS:
@@ -68,14 +67,33 @@ def _read_weights(module: L.LightningModule, path: Path) -> None:
     rank_zero_info(f"Begins with {len(report.loaded)} tensors of {path}.{new}")
 
 
+def _fill(module: L.LightningModule, weights: dict[str, Tensor], path: Path) -> None:
+    if not any(is_split(parameter) for parameter in module.parameters()):
+        module.load_state_dict(weights)
+        return
+    own = module.state_dict(keep_vars=True)
+    refuse_differing(own.keys() - weights.keys(), weights.keys() - own.keys())
+    for name, tensor in own.items():
+        if torch.is_tensor(tensor) and full_shape(tensor) != tuple(weights[name].shape):
+            raise CheckpointError(
+                f"init_from: '{name}' is {list(weights[name].shape)} in {path}, the model has "
+                f"{list(full_shape(tensor))}. Build the model as it was."
+            )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if torch.is_tensor(tensor):
+                copy_into(tensor, weights[name])
+
+
 def _weights_of_run(path: Path) -> dict[str, Tensor]:
-    if path.suffix not in _FILES_OF_RUNS or not path.is_file():
+    is_folder = path.is_dir() and (path / FOLDER_STATE_NAME).is_file()
+    if path.suffix not in _FILES_OF_RUNS or not (path.is_file() or is_folder):
         raise CheckpointError(f"init_from: {path} is no training checkpoint of this module.")
     content = AtomicCheckpointIO().load_checkpoint(path)
     weights = content.get("state_dict")
     if not isinstance(weights, dict):
         raise CheckpointError(f"init_from: {path} has no 'state_dict', only {some(list(content))}.")
-    if "frozen_base" in content:
+    if FROZEN_BASE_KEY in content:
         raise CheckpointError(
             f"init_from: {path} holds what was trained only, without its base. Resume the run, or export the model."
         )

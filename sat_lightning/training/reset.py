@@ -7,6 +7,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 
 from sat_lightning.errors import ConfigError, nearest
+from sat_lightning.training.deepspeed import SATDeepSpeedStrategy
 
 PARTS = ("optimizer", "scheduler", "data", "step")
 
@@ -39,11 +40,15 @@ def reset_parts(parts: Iterable[str], checkpoint: dict[str, Any], trainer: L.Tra
             and all. `data`: the data begins anew, with its first epoch. `step`: steps and epochs are counted from 0.
         checkpoint: changed in place.
         trainer: that restores it.
+
+    Raises:
+        ConfigError: the optimizer cannot be reset under this strategy.
     """
     if "optimizer" in parts:
-        if not trainer.strategy.lightning_restore_optimizer:
+        strategy = trainer.strategy  # ours has looked at the parts before it restored anything
+        if not strategy.lightning_restore_optimizer and not isinstance(strategy, SATDeepSpeedStrategy):
             raise ConfigError(
-                f"reset: {type(trainer.strategy).__name__} restores the optimizer by itself. Use init_from, which "
+                f"reset: {type(strategy).__name__} restores the optimizer by itself. Use init_from, which "
                 "takes the weights alone."
             )
         checkpoint["optimizer_states"] = []

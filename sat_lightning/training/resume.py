@@ -15,7 +15,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from sat_lightning.errors import CheckpointError, UsageError
 from sat_lightning.training.callbacks.exact_resume import ExactResume
-from sat_lightning.training.checkpoints import CONFIG_NAME, find_resume_checkpoint
+from sat_lightning.training.checkpoints import CONFIG_NAME, FOLDER_STATE_NAME, find_resume_checkpoint
+from sat_lightning.training.frozen_base import FROZEN_BASE_KEY
 from sat_lightning.training.metrics_file import continue_files
 from sat_lightning.training.reset import check_reset
 
@@ -50,9 +51,8 @@ class Resumption:
     @property
     def has_base(self) -> bool:
         """Whether the checkpoint holds all weights, and the configuration's `init_from` has nothing to add."""
-        if self.checkpoint.is_dir():
-            return True
-        return "frozen_base" not in torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        file = self.checkpoint / FOLDER_STATE_NAME if self.checkpoint.is_dir() else self.checkpoint
+        return FROZEN_BASE_KEY not in torch.load(file, map_location="cpu", weights_only=True, mmap=True)
 
 
 def read_resume(words: list[str]) -> Resumption | None:

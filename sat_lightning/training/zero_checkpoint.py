@@ -2,7 +2,8 @@
 
 state.ckpt                        what Lightning saves beside weights and optimizer: loops, callbacks, data
 engine.json                       steps counted, loss scale, settings of the parameter groups
-zero-00000-of-00002.safetensors   weights and moments, a file a rank (see `zero_shards`)
+zero-00000-of-00002.safetensors   weights and moments, a file a rank (see `zero_shards`); no frozen weights where
+                                  `TrainableOnly` leaves them out
 model.safetensors                 the consolidated weights, with `model_config.json`, where the strategy is told to
 complete                          written last
 """
@@ -10,16 +11,18 @@ complete                          written last
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
 
 from sat_lightning.errors import CheckpointError
 from sat_lightning.training.checkpoints import COMPLETE_NAME, AtomicCheckpointIO, commit, partial_path
 from sat_lightning.training.consolidation import save_consolidated
+from sat_lightning.training.frozen_base import FROZEN_BASE_KEY, check_base, refuse_differing
+from sat_lightning.training.together import Together
 from sat_lightning.training.zero_shards import (
     AVERAGE,
     EMA_KEY,
@@ -61,16 +64,17 @@ def save_zero_checkpoint(
     target = Path(strategy.broadcast(str(path)))
     partial = partial_path(target)
     module, engine = strategy.lightning_module, strategy.deepspeed_engine
-    together = _Together(strategy)
+    together = Together(strategy)
+    skips_frozen = FROZEN_BASE_KEY in checkpoint
     together.do(lambda: _make_empty(partial), f"{target} could not be written", on_rank=0)
 
     def write() -> None:
-        parts = parts_of(engine, module, strategy.global_rank, checkpoint.get(PARTS_KEY, {}))
+        parts = parts_of(engine, module, strategy.global_rank, checkpoint.get(PARTS_KEY, {}), skips_frozen)
         write_shard(partial, strategy.global_rank, strategy.world_size, parts)
         if strategy.is_global_zero:
             rest = {key: value for key, value in checkpoint.items() if key not in _KEPT_ELSEWHERE}
             torch.save(rest, partial / STATE_NAME)
-            facts = read_facts(engine) | {"groups_of": strategy.names_by_group}
+            facts = read_facts(engine) | {"groups_of": strategy.names_by_group, "aliases": _aliases(module)}
             (partial / ENGINE_NAME).write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
     together.do(write, f"{target} could not be written")
@@ -98,22 +102,27 @@ def load_zero_checkpoint(
         CheckpointError: it is not complete, not safe to read, or does not fit the run.
     """
     folder = Path(path)
-    reader = AtomicCheckpointIO()
+    reader, module, resets = AtomicCheckpointIO(), strategy.lightning_module, _resets_optimizer(strategy)
     if not folder.is_dir():
         checkpoint = reader.load_checkpoint(folder, weights_only=weights_only)
-        shards: Any = LightningShards(checkpoint, [name for group in strategy.names_by_group for name in group])
+        names = [] if resets else [name for group in strategy.names_by_group for name in group]
+        shards: Any = LightningShards(checkpoint, names)
         facts = _facts_of(checkpoint)
     else:
         refuse_incomplete(folder)
         checkpoint = reader.load_checkpoint(folder / STATE_NAME, weights_only=weights_only)
         shards = ShardFiles(folder)
         facts = json.loads((folder / ENGINE_NAME).read_text(encoding="utf-8"))
-    module = strategy.lightning_module
+    is_partial = FROZEN_BASE_KEY in checkpoint
+    if is_partial or module.strict_loading:
+        refuse_differing((), set(shards.names) - module.state_dict().keys())
+    if is_partial:
+        check_base(checkpoint[FROZEN_BASE_KEY], module, strategy)
     if module.trainer.state.fn == TrainerFn.FITTING:
-        load_training_state(strategy.deepspeed_engine, module, shards)
-        write_facts(strategy.deepspeed_engine, facts)
+        load_training_state(strategy.deepspeed_engine, module, shards, is_partial, resets)
+        write_facts(strategy.deepspeed_engine, facts, resets)
     else:
-        load_untrained(None, module, shards)
+        load_untrained(None, module, shards, is_partial)
     rest = {key: value for key, value in checkpoint.items() if key not in _KEPT_ELSEWHERE}
     return rest | ({SHARDS_KEY: shards} if folder.is_dir() else {})
 
@@ -163,6 +172,9 @@ def read_as_lightning(folder: str | os.PathLike[str], weights_only: bool | None 
         for group, names in zip(facts["groups"], facts["groups_of"], strict=True)
     ]
     checkpoint["state_dict"] = {name: shards.whole(name) for name in shards.names}
+    for alias, name in facts.get("aliases", {}).items():
+        if name in checkpoint["state_dict"]:
+            checkpoint["state_dict"][alias] = checkpoint["state_dict"][name]
     checkpoint["optimizer_states"] = [{"state": state, "param_groups": groups}]
     if EMA_KEY in checkpoint:
         averages = {name: shards.whole(name, AVERAGE) for name in order if AVERAGE in shards.kinds(name)}
@@ -184,16 +196,22 @@ def read_facts(engine: Any) -> dict[str, Any]:  # noqa: ANN401
     }
 
 
-def write_facts(engine: Any, facts: dict[str, Any]) -> None:  # noqa: ANN401
+def write_facts(engine: Any, facts: dict[str, Any], skips_groups: bool = False) -> None:  # noqa: ANN401
     """Put what `read_facts` returned into an engine.
 
     Args:
         engine: a `DeepSpeedEngine`.
         facts: as JSON gives them back.
+        skips_groups: leave the optimizer the settings that it has.
 
     Raises:
         CheckpointError: the optimizer had another number of groups.
     """
+    for name, value in facts["counters"].items():
+        setattr(engine, name, value)
+    _scaler(engine.optimizer).update(facts["loss_scaler"])
+    if skips_groups:
+        return
     groups = engine.optimizer.param_groups
     if len(groups) != len(facts["groups"]):
         raise CheckpointError(
@@ -201,9 +219,6 @@ def write_facts(engine: Any, facts: dict[str, Any]) -> None:  # noqa: ANN401
         )
     for group, saved in zip(groups, facts["groups"], strict=True):
         group.update({k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in saved.items()})
-    for name, value in facts["counters"].items():
-        setattr(engine, name, value)
-    _scaler(engine.optimizer).update(facts["loss_scaler"])
 
 
 def _scaler(owner: Any) -> dict[str, Any]:  # noqa: ANN401
@@ -217,27 +232,21 @@ def _facts_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return {"counters": {"global_steps": checkpoint["global_step"]}, "loss_scaler": {}, "groups": groups}
 
 
+def _resets_optimizer(strategy: Any) -> bool:  # noqa: ANN401
+    # Late, since callbacks know the strategies.
+    from sat_lightning.training.callbacks.exact_resume import ExactResume
+
+    callbacks = strategy.lightning_module.trainer.callbacks
+    return any("optimizer" in callback.reset for callback in callbacks if isinstance(callback, ExactResume))
+
+
+def _aliases(module: nn.Module) -> dict[str, str]:
+    """Return the further names of tensors that modules share, with those under which they are saved."""
+    first: dict[int, str] = {}
+    tensors = [(n, t) for n, t in module.state_dict(keep_vars=True).items() if torch.is_tensor(t)]
+    return {name: kept for name, tensor in tensors if (kept := first.setdefault(id(tensor), name)) != name}
+
+
 def _make_empty(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-
-
-class _Together:
-    """Do something on the ranks, and raise on all of them if one could not: none is left waiting for another."""
-
-    def __init__(self, strategy: Any) -> None:  # noqa: ANN401
-        self._strategy = strategy
-
-    def do(self, work: Callable[[], object], what: str, on_rank: int | None = None) -> None:
-        """Call `work` on one rank or on all, and wait for everybody."""
-        strategy, failure = self._strategy, ""
-        if on_rank in (None, strategy.global_rank):
-            try:
-                work()
-            except (OSError, RuntimeError, CheckpointError) as error:
-                failure = f"rank {strategy.global_rank}: {error}"
-        failures: list[str] = [failure] * strategy.world_size
-        if strategy.world_size > 1:
-            torch.distributed.all_gather_object(failures, failure)
-        if found := [failure for failure in failures if failure]:
-            raise CheckpointError(f"{what}: {'; '.join(found)}. Earlier checkpoints stay.")

@@ -174,13 +174,14 @@ class LightningShards:
 
     Args:
         checkpoint: what the file holds.
-        names: of the parameters that the optimizer updates, in its order.
+        names: of the parameters that the optimizer updates, in its order; none if its state is not wanted.
     """
 
     def __init__(self, checkpoint: Mapping[str, Any], names: list[str]) -> None:
         self._weights: Mapping[str, Tensor] = checkpoint["state_dict"]
-        state = checkpoint["optimizer_states"][0]["state"] if checkpoint.get("optimizer_states") else {}
-        order = [index for group in checkpoint["optimizer_states"][0]["param_groups"] for index in group["params"]]
+        saved = checkpoint["optimizer_states"][0] if names and checkpoint.get("optimizer_states") else {}
+        state: Mapping[int, Mapping[str, Any]] = saved.get("state", {})
+        order = [index for group in saved.get("param_groups", ()) for index in group["params"]]
         if state and len(order) != len(names):
             raise CheckpointError(
                 f"The checkpoint's optimizer has {len(order)} parameters, this run's has {len(names)}. Resume with the "

@@ -130,6 +130,7 @@ def parts_of(
     module: nn.Module,
     rank: int,
     averages: Mapping[str, Tensor] = MappingProxyType({}),
+    skips_frozen: bool = False,
 ) -> Iterator[Part]:
     """Yield what this rank writes to a checkpoint: every element is written by one rank at least.
 
@@ -138,6 +139,7 @@ def parts_of(
         module: the LightningModule in it.
         rank: of this process.
         averages: of the weights, by name, in the same parts.
+        skips_frozen: leave out frozen parameters, which the resumed run brings along.
     """
     trained = find_fragments(engine)
     is_split = engine.zero_optimization()
@@ -145,33 +147,42 @@ def parts_of(
         tensors = {WEIGHT: fragment.master, **fragment.moments}
         tensors |= {AVERAGE: averages[fragment.name]} if fragment.name in averages else {}
         yield Part(fragment.name, full_shape(fragment.parameter), fragment.start, tensors, fragment.scalars)
-    for name, tensor in untrained(engine, module):
+    for name, tensor in untrained(engine, module, skips_frozen):
         start, piece = local_part(tensor)
         if (piece.numel() or not prod(full_shape(tensor))) and (rank == 0 or hasattr(tensor, "ds_tensor")):
             yield Part(name, full_shape(tensor), start, {WEIGHT: piece}, {})
 
 
-def untrained(engine: Any, module: nn.Module) -> Iterator[tuple[str, Tensor]]:  # noqa: ANN401
+def untrained(engine: Any, module: nn.Module, skips_frozen: bool = False) -> Iterator[tuple[str, Tensor]]:  # noqa: ANN401
     """Yield frozen parameters and persistent buffers by name, each tensor once.
 
     Args:
         engine: a `DeepSpeedEngine` that trains; None if nothing is trained, and all parameters are wanted.
         module: its module.
+        skips_frozen: leave out frozen parameters.
     """
-    seen = {id(parameter) for parameter in module.parameters() if parameter.requires_grad} if engine else set()
+    seen = {id(p) for p in module.parameters() if (engine if p.requires_grad else skips_frozen)}
     for name, tensor in module.state_dict(keep_vars=True).items():
         if torch.is_tensor(tensor) and id(tensor) not in seen:
             seen.add(id(tensor))
             yield name, tensor
 
 
-def load_training_state(engine: Any, module: nn.Module, shards: Shards) -> None:  # noqa: ANN401
+def load_training_state(
+    engine: Any,  # noqa: ANN401
+    module: nn.Module,
+    shards: Shards,
+    skips_frozen: bool = False,
+    skips_moments: bool = False,
+) -> None:
     """Put weights and moments of a checkpoint into an engine; every rank has to call this.
 
     Args:
         engine: a `DeepSpeedEngine`, fresh or not.
         module: the LightningModule in it.
         shards: of the checkpoint, written by any number of ranks in any stage.
+        skips_frozen: leave frozen parameters as they are.
+        skips_moments: let the optimizer begin anew.
 
     Raises:
         CheckpointError: the checkpoint lacks a tensor, or has it in another shape.
@@ -183,6 +194,8 @@ def load_training_state(engine: Any, module: nn.Module, shards: Shards) -> None:
             _check(shards, fragment.name, full_shape(fragment.parameter))
             stop = fragment.start + fragment.master.numel()
             fragment.master.copy_(shards.read(fragment.name, WEIGHT, fragment.start, stop))
+            if skips_moments:
+                continue
             state = states[fragment.flat]
             for kind in (kind for kind in shards.kinds(fragment.name) if kind not in (WEIGHT, AVERAGE)):
                 value = shards.read(fragment.name, kind, fragment.start, stop)
@@ -192,7 +205,7 @@ def load_training_state(engine: Any, module: nn.Module, shards: Shards) -> None:
             for kind, number in shards.scalars(fragment.name).items():
                 like = state.get(kind, torch.zeros((), device=_step_device(owner, fragment.flat)))
                 state[kind] = torch.full_like(like, number) if torch.is_tensor(like) else type(like)(number)
-        load_untrained(engine, module, shards)
+        load_untrained(engine, module, shards, skips_frozen)
         refresh_weights(owner)
 
 
@@ -203,19 +216,20 @@ def _step_device(owner: Any, flat: Tensor) -> torch.device:  # noqa: ANN401
     return flat.device if is_on_device else torch.device("cpu")
 
 
-def load_untrained(engine: Any, module: nn.Module, shards: Shards) -> None:  # noqa: ANN401
+def load_untrained(engine: Any, module: nn.Module, shards: Shards, skips_frozen: bool = False) -> None:  # noqa: ANN401
     """Put the weights of a checkpoint into whatever no optimizer updates; every rank has to call this.
 
     Args:
         engine: see `untrained`.
         module: the LightningModule in it.
         shards: of the checkpoint.
+        skips_frozen: leave frozen parameters as they are.
 
     Raises:
         CheckpointError: the checkpoint lacks a tensor, or has it in another shape.
     """
     with torch.no_grad():
-        for name, tensor in untrained(engine, module):
+        for name, tensor in untrained(engine, module, skips_frozen):
             _check(shards, name, full_shape(tensor))
             if hasattr(tensor, "ds_tensor"):
                 start, piece = local_part(tensor)
