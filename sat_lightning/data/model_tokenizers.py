@@ -103,6 +103,18 @@ class SentencePieceFile:
         """
         return str(self._model.DecodeIds(np.asarray(ids).reshape(-1).tolist()))
 
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of each token, a space where a word begins; none for special ones."""
+        return [self._piece_bytes(number) for number in range(self.vocab_size)]
+
+    def _piece_bytes(self, number: int) -> bytes:
+        if self._model.IsControl(number) or self._model.IsUnknown(number):
+            return b""
+        piece = str(self._model.IdToPiece(number))
+        if self._model.IsByte(number):  # written as <0x0A>
+            return bytes([int(piece[3:-1], 16)])
+        return piece.replace("\u2581", " ").encode()
+
 
 def get_tokenizer(name: str | os.PathLike[str], end_of_document_token: str | None = None) -> Tokenizer:
     """Load a tokenizer by name, from a file, or from a model's folder.

@@ -84,6 +84,10 @@ class ByteTokenizer:
         values = np.asarray(ids).reshape(-1)
         return values[values < 256].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of each token; none for the end of a document."""
+        return [bytes([value]) for value in range(256)] + [b""]
+
 
 class TokenizersFile:
     """A tokenizer in the JSON format of the `tokenizers` library.
@@ -156,6 +160,10 @@ class TokenizersFile:
             The text, without special tokens.
         """
         return str(self._tokenizer.decode(np.asarray(ids).reshape(-1).tolist()))
+
+    def to_json(self) -> str:
+        """The tokenizer in the JSON format of the `tokenizers` library."""
+        return str(self._tokenizer.to_str())
 
 
 def load_tokenizer(name: str, end_of_document_token: str | None = None) -> Tokenizer:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from sat_lightning.generation.beam import BeamSearchStrategy
     from sat_lightning.generation.beam_scoring import PlainBeamScoring, SatBeamScoring
     from sat_lightning.generation.choices import ChoiceScores, score_choices
+    from sat_lightning.generation.constraints import AllowedTokens, Grammar, json_schema, regex
     from sat_lightning.generation.engine import generate, stream
     from sat_lightning.generation.metrics import PerplexityMetric
     from sat_lightning.generation.options import Generation, GenerationOptions, Streamed
@@ -20,12 +21,14 @@ if TYPE_CHECKING:
     from sat_lightning.generation.strategies import BaseStrategy, greedy
 
 __all__ = [
+    "AllowedTokens",
     "BaseStrategy",
     "BeamSearchStrategy",
     "ChoiceScores",
     "DecodingState",
     "Generation",
     "GenerationOptions",
+    "Grammar",
     "Hypothesis",
     "PerplexityMetric",
     "PlainBeamScoring",
@@ -36,6 +39,8 @@ __all__ = [
     "evaluate_perplexity",
     "generate",
     "greedy",
+    "json_schema",
+    "regex",
     "sample_continuation",
     "sample_token",
     "score",
@@ -49,6 +54,7 @@ _LAZY = {
     "beam": "BeamSearchStrategy",
     "beam_scoring": "PlainBeamScoring SatBeamScoring",
     "choices": "ChoiceScores score_choices",
+    "constraints": "AllowedTokens Grammar json_schema regex",
     "engine": "generate stream",
     "metrics": "PerplexityMetric",
     "options": "Generation GenerationOptions Streamed",
