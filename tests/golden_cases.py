@@ -20,6 +20,7 @@ import math
 import re
 import tempfile
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +29,14 @@ from torch.testing import assert_close
 
 from sat_lightning import AutoModel, mixins
 from sat_lightning.checkpoint import load_checkpoint
-from sat_lightning.generation.perplexity import evaluate_perplexity
+from sat_lightning.generation import (
+    BaseStrategy,
+    evaluate_perplexity,
+    filling_sequence,
+    get_masks_and_position_ids_default,
+    get_masks_and_position_ids_glm,
+    stream_filling_sequence,
+)
 from sat_lightning.model import find_model
 from sat_lightning.models import import_families
 from tests import golden_mixins as user
@@ -104,14 +112,85 @@ def measure_perplexity(case):
         assert torch.equal(tensor, case.tensors[name]), f"{name} was changed"
 
 
+class Recorder(BaseStrategy):
+    """The most likely token, and a list of the logits it was taken from."""
+
+    def step(self, logits, state):
+        vars(self).setdefault("seen", []).append(logits)
+        return super().step(logits, state)
+
+
+def fill(case):
+    """Fill the slots of `seq`, and compare tokens, memory, and the logits of every step."""
+    given = {name: case.tensors[name] for name in ("encoder_outputs", "cross_attention_mask") if name in case.tensors}
+    batch_size = case.tensors["expected.tokens"].shape[0]
+    strategy = Recorder(top_k=1, **SETTINGS.get(case.name, {}))
+    layout = get_masks_and_position_ids_default
+    if "expected.position_ids" in case.tensors:  # a text with the blank 55, filled from 57 on
+        ids = case.tensors["seq"].tolist()
+        layout = partial(get_masks_and_position_ids_glm, mask_position=ids.index(55), context_length=ids.index(57))
+        for made, name in zip(layout(case.tensors["seq"])[1:], ("attention_mask", "position_ids"), strict=True):
+            case.compare(made, f"expected.{name}")
+    tokens, mems = filling_sequence(
+        case.model, case.tensors["seq"], batch_size, strategy, get_masks_and_position_ids=layout, **given
+    )
+    case.compare(tokens, "expected.tokens")
+    case.compare(mems, "expected.mems")
+    for step, logits in enumerate(strategy.seen):
+        case.compare(logits, f"expected.step{step}.logits")
+    assert f"expected.step{len(strategy.seen)}.logits" not in case.tensors
+
+
+def fill_with_crosses(case):
+    """Fill while looking at an encoder's outputs, whose keys and values are computed once."""
+    fill(case)
+    given = {name: case.tensors[name] for name in ("encoder_outputs", "cross_attention_mask")}
+    case.model.add_mixin("auto-regressive", mixins.CachedAutoregressiveMixin())
+    with torch.no_grad():
+        layers = case.model(case.tensors["seq"][None, :5], torch.arange(5)[None], -1, **given)[1:]
+    for layer_id, layer in enumerate(layers):
+        for letter, found in zip("kv", layer["mem_cross"], strict=True):
+            case.compare(found, f"expected.layer{layer_id}.mem_cross_{letter}")
+
+
+def fill_on(case):
+    """Fill, then fill five slots more on top of the memory of the first."""
+    tokens, mems = case.tensors["seq"][None], None
+    for phase in ("phase1", "phase2"):
+        seq = tokens[0] if mems is None else torch.cat([tokens[0], torch.full((5,), -1)])
+        tokens, mems = filling_sequence(case.model, seq, 1, BaseStrategy(top_k=1), mems=mems)
+        case.compare(tokens, f"expected.{phase}.tokens")
+        case.compare(mems, f"expected.{phase}.mems")
+
+
+def stream(case):
+    """See every token and the memory as they come."""
+    steps = list(stream_filling_sequence(case.model, case.tensors["seq"], 1, BaseStrategy(top_k=1)))
+    for step, (tokens, mems) in enumerate(steps):
+        case.compare(tokens, f"expected.step{step}.tokens")
+        case.compare(torch.tensor(mems.shape), f"expected.step{step}.mems_shape")
+    case.compare(steps[-1][1], "expected.last.mems")
+    assert f"expected.step{len(steps)}.tokens" not in case.tensors
+
+
+#: Case -> settings of the strategy that its notes name.
+SETTINGS = {"gen_rep_penalty_invalid": {"repetition_penalty": 1.7, "invalid_slices": [slice(50, 60)]}}
 #: Beginning of a case's name -> function of the case, which runs what the notes describe and compares.
-PROCEDURES = {"gen_perplexity": measure_perplexity, "glm4v": see, "vit_interp": interpolate}
+PROCEDURES = {
+    "gen_decoder_cross": fill_with_crosses,
+    "gen_mems_phase2": fill_on,
+    "gen_perplexity": measure_perplexity,
+    "gen_stream": stream,
+    "gen_": fill,
+    "glm4v": see,
+    "vit_interp": interpolate,
+}
 #: Case -> arguments of from_pretrained that it needs.
 OPTIONS = {}
 #: Model class -> keywords of every call that the recording set otherwise: MAE's drawing was replaced by a tensor.
 KEYWORDS = {"MAE": {"noise": "@noise"}}
 #: Cases that are recorded for other tests: generation, adapters, faults.
-ELSEWHERE = re.compile(r"gen_(?!perplexity)|lora|adapter|ffadd|bug_|mlphead")
+ELSEWHERE = re.compile(r"gen_beam|lora|adapter|ffadd|bug_|mlphead")
 
 # Fields of a case's `config` that are no part of the architecture, and None for "default": left out.
 # SAT writes an epsilon that is not its default into model_config.json, and classes with their own keep it.

@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from sat_lightning.generation.choices import ChoiceScores, score_choices
     from sat_lightning.generation.constraints import AllowedTokens, Grammar, json_schema, regex
     from sat_lightning.generation.engine import generate, stream
+    from sat_lightning.generation.filling import filling_sequence, stream_filling_sequence
     from sat_lightning.generation.metrics import PerplexityMetric
     from sat_lightning.generation.options import Generation, GenerationOptions, Streamed
     from sat_lightning.generation.perplexity import evaluate_perplexity
     from sat_lightning.generation.processors import top_k_logits
     from sat_lightning.generation.sampling import draw_token, sample_continuation, sample_token
     from sat_lightning.generation.scoring import TextScore, score
+    from sat_lightning.generation.slots import get_masks_and_position_ids_default, get_masks_and_position_ids_glm
     from sat_lightning.generation.state import DecodingState, Hypothesis
     from sat_lightning.generation.strategies import BaseStrategy, greedy
 
@@ -37,7 +39,10 @@ __all__ = [
     "TextScore",
     "draw_token",
     "evaluate_perplexity",
+    "filling_sequence",
     "generate",
+    "get_masks_and_position_ids_default",
+    "get_masks_and_position_ids_glm",
     "greedy",
     "json_schema",
     "regex",
@@ -46,6 +51,7 @@ __all__ = [
     "score",
     "score_choices",
     "stream",
+    "stream_filling_sequence",
     "top_k_logits",
 ]
 
@@ -56,12 +62,14 @@ _LAZY = {
     "choices": "ChoiceScores score_choices",
     "constraints": "AllowedTokens Grammar json_schema regex",
     "engine": "generate stream",
+    "filling": "filling_sequence stream_filling_sequence",
     "metrics": "PerplexityMetric",
     "options": "Generation GenerationOptions Streamed",
     "perplexity": "evaluate_perplexity",
     "processors": "top_k_logits",
     "sampling": "draw_token sample_continuation sample_token",
     "scoring": "TextScore score",
+    "slots": "get_masks_and_position_ids_default get_masks_and_position_ids_glm",
     "state": "DecodingState Hypothesis",
     "strategies": "BaseStrategy greedy",
 }
