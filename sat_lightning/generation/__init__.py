@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from sat_lightning.generation.choices import ChoiceScores, score_choices
     from sat_lightning.generation.constraints import AllowedTokens, Grammar, json_schema, regex
     from sat_lightning.generation.engine import generate, stream
+    from sat_lightning.generation.entropy_filter import IterativeEntfilterStrategy
     from sat_lightning.generation.filling import filling_sequence, stream_filling_sequence
     from sat_lightning.generation.metrics import PerplexityMetric
     from sat_lightning.generation.options import Generation, GenerationOptions, Streamed
@@ -32,6 +33,7 @@ __all__ = [
     "GenerationOptions",
     "Grammar",
     "Hypothesis",
+    "IterativeEntfilterStrategy",
     "PerplexityMetric",
     "PlainBeamScoring",
     "SatBeamScoring",
@@ -64,6 +66,7 @@ _LAZY = {
     "engine": "generate stream",
     "filling": "filling_sequence stream_filling_sequence",
     "metrics": "PerplexityMetric",
+    "entropy_filter": "IterativeEntfilterStrategy",
     "options": "Generation GenerationOptions Streamed",
     "perplexity": "evaluate_perplexity",
     "processors": "top_k_logits",

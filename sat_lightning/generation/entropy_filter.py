@@ -1,0 +1,107 @@
+"""SAT's iterative refinement: all places are drawn at once, and the unsure ones hotter (or colder) than the sure.
+
+Legend: b batch, s places, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sat_lightning.errors import ConfigError, InputError
+from sat_lightning.generation.processors import ban_mask, mask_of_slices
+from sat_lightning.generation.rules import check_range
+from sat_lightning.generation.sampling import draw_token
+
+
+def top_entropy(logits: Tensor, num_top: int) -> Tensor:
+    """Measure how unsure logits `[..., v]` are among their `num_top` best tokens: an entropy in nats, `[...]`."""
+    log_probs = logits.float().topk(num_top, dim=-1).values.log_softmax(-1)
+    return -(log_probs.exp() * log_probs).sum(-1)
+
+
+def keep_drawn_top_k(drawn: Tensor, logits: Tensor, top_k: int) -> Tensor:
+    """Replace a drawn token that is less likely than the `top_k` best by the last of these.
+
+    Unlike a draw among the best alone, this makes them no likelier.
+
+    Args:
+        drawn: ids `[...]`.
+        logits: `[..., v]` they were drawn from.
+        top_k: tokens that may stay.
+    """
+    values, indices = logits.topk(top_k, dim=-1)
+    is_outside = logits.gather(-1, drawn[..., None]) < values[..., -1:]
+    return torch.where(is_outside, indices[..., -1:], drawn[..., None])[..., 0]
+
+
+@dataclass(eq=False)
+class IterativeEntfilterStrategy:
+    """Draw every place of a text anew, as SAT's class of this name does; the arguments are SAT's.
+
+    Raises:
+        ConfigError: if a value is out of its range.
+    """
+
+    invalid_slices: Sequence[Any] = ()
+    """Slices (or ids) of the vocabulary that are never generated."""
+    temperature: float = 1.0
+    """Divides the logits."""
+    topk: int = 10
+    """A draw outside this many most likely tokens becomes the last of them."""
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        check_range("temperature", self.temperature, 0.0, is_open=True)
+        check_range("topk", self.topk, 1)
+
+    def forward(
+        self,
+        logits: Tensor,
+        tokens: Tensor,
+        temperature: float | None = None,
+        entfilter: float | None = None,
+        filter_topk: int = 5,
+        temperature2: float | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw all places at once.
+
+        Args:
+            logits: `[b, s, v]` of the places after the first.
+            tokens: `[b, s + 1]`; only the first column is kept.
+            temperature: of places whose entropy is above `entfilter`. Default: the strategy's.
+            entfilter: nats; None gives all places `temperature`.
+            filter_topk: the entropy is that of so many best tokens.
+            temperature2: of the other places; needed with `entfilter`.
+            generator: source of chance, on the device of the logits.
+
+        Returns:
+            Ids `[b, s + 1]`.
+
+        Raises:
+            InputError: if the shapes do not belong together.
+            ConfigError: if `temperature2` is missing, or the vocabulary is smaller than what is kept.
+        """
+        if tokens.shape[1] != logits.shape[1] + 1:
+            raise InputError(
+                f"{tokens.shape[1]} tokens and logits of {logits.shape[1]} places: there must be one token more."
+            )
+        if self.topk > logits.shape[-1] or filter_topk > logits.shape[-1]:
+            raise ConfigError(f"topk={self.topk} and filter_topk={filter_topk} for {logits.shape[-1]} tokens.")
+        heat: Tensor | float = self.temperature if temperature is None else temperature
+        if entfilter is not None:
+            if temperature2 is None:
+                raise ConfigError("entfilter= needs temperature2=, the temperature of the places below it.")
+            heat = torch.where(top_entropy(logits, filter_topk) > entfilter, heat, temperature2)[..., None]
+        logits = logits.float() / heat
+        if self.invalid_slices:
+            logits = ban_mask(logits, mask_of_slices(self.invalid_slices, logits))
+        uniforms = torch.rand(logits.shape[:-1], generator=generator, device=logits.device)
+        drawn = draw_token(logits.flatten(0, 1), uniforms.flatten()).view(uniforms.shape)
+        return torch.cat([tokens[:, :1], keep_drawn_top_k(drawn, logits, self.topk)], dim=1)
