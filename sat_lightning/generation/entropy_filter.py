@@ -43,6 +43,10 @@ def keep_drawn_top_k(drawn: Tensor, logits: Tensor, top_k: int) -> Tensor:
 class IterativeEntfilterStrategy:
     """Draw every place of a text anew, as SAT's class of this name does; the arguments are SAT's.
 
+    `forward` also takes, for one call: `temperature`; `entfilter`, an entropy in nats above which a place has that
+    temperature, while the others have `temperature2`; `filter_topk`, among how many best tokens the entropy is
+    measured; and `generator`, the source of chance on the device of the logits.
+
     Raises:
         ConfigError: if a value is out of its range.
     """
@@ -70,34 +74,14 @@ class IterativeEntfilterStrategy:
         *,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draw all places at once.
-
-        Args:
-            logits: `[b, s, v]` of the places after the first.
-            tokens: `[b, s + 1]`; only the first column is kept.
-            temperature: of places whose entropy is above `entfilter`. Default: the strategy's.
-            entfilter: nats; None gives all places `temperature`.
-            filter_topk: the entropy is that of so many best tokens.
-            temperature2: of the other places; needed with `entfilter`.
-            generator: source of chance, on the device of the logits.
+        """Draw all places of logits `[b, s, v]` at once; of tokens `[b, s + 1]` the first column is kept.
 
         Returns:
             Ids `[b, s + 1]`.
-
-        Raises:
-            InputError: if the shapes do not belong together.
-            ConfigError: if `temperature2` is missing, or the vocabulary is smaller than what is kept.
         """
-        if tokens.shape[1] != logits.shape[1] + 1:
-            raise InputError(
-                f"{tokens.shape[1]} tokens and logits of {logits.shape[1]} places: there must be one token more."
-            )
-        if self.topk > logits.shape[-1] or filter_topk > logits.shape[-1]:
-            raise ConfigError(f"topk={self.topk} and filter_topk={filter_topk} for {logits.shape[-1]} tokens.")
+        self._check(logits, tokens, entfilter, filter_topk, temperature2)
         heat: Tensor | float = self.temperature if temperature is None else temperature
         if entfilter is not None:
-            if temperature2 is None:
-                raise ConfigError("entfilter= needs temperature2=, the temperature of the places below it.")
             heat = torch.where(top_entropy(logits, filter_topk) > entfilter, heat, temperature2)[..., None]
         logits = logits.float() / heat
         if self.invalid_slices:
@@ -105,3 +89,13 @@ class IterativeEntfilterStrategy:
         uniforms = torch.rand(logits.shape[:-1], generator=generator, device=logits.device)
         drawn = draw_token(logits.flatten(0, 1), uniforms.flatten()).view(uniforms.shape)
         return torch.cat([tokens[:, :1], keep_drawn_top_k(drawn, logits, self.topk)], dim=1)
+
+    def _check(self, logits: Tensor, tokens: Tensor, entfilter: Any, filter_topk: int, temperature2: Any) -> None:
+        if tokens.shape[1] != logits.shape[1] + 1:
+            raise InputError(
+                f"{tokens.shape[1]} tokens and logits of {logits.shape[1]} places: there must be one token more."
+            )
+        if self.topk > logits.shape[-1] or filter_topk > logits.shape[-1]:
+            raise ConfigError(f"topk={self.topk} and filter_topk={filter_topk} for {logits.shape[-1]} tokens.")
+        if entfilter is not None and temperature2 is None:
+            raise ConfigError("entfilter= needs temperature2=, the temperature of the places below it.")
