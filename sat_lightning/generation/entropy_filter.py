@@ -80,10 +80,10 @@ class IterativeEntfilterStrategy:
             Ids `[b, s + 1]`.
         """
         self._check(logits, tokens, entfilter, filter_topk, temperature2)
-        heat: Tensor | float = self.temperature if temperature is None else temperature
-        if entfilter is not None:
-            heat = torch.where(top_entropy(logits, filter_topk) > entfilter, heat, temperature2)[..., None]
-        logits = logits.float() / heat
+        heat = torch.full(logits.shape[:-1], temperature or self.temperature, device=logits.device)
+        if entfilter is not None and temperature2 is not None:
+            heat = heat.where(top_entropy(logits, filter_topk) > entfilter, temperature2)
+        logits = logits.float() / heat[..., None]
         if self.invalid_slices:
             logits = ban_mask(logits, mask_of_slices(self.invalid_slices, logits))
         uniforms = torch.rand(logits.shape[:-1], generator=generator, device=logits.device)
