@@ -54,6 +54,8 @@ MIXINS = {
         "rb": user.PlainScale(),
         "rc": user.Shift(1),
     },
+    "lora2_gpt2": lambda c: {"lora": mixins.LoraMixin(c, rank=3, alpha=2)},
+    "lora_gpt2": lambda c: {"lora": mixins.LoRAMixin(c, rank=3, alpha=2)},
     "mixin_stack_scale_shift": lambda c: {
         "scale": user.HeadScale(c.num_attention_heads, c.head_size),
         "shift": user.HeadShift(c.num_attention_heads, c.head_size),
@@ -190,7 +192,7 @@ OPTIONS = {}
 #: Model class -> keywords of every call that the recording set otherwise: MAE's drawing was replaced by a tensor.
 KEYWORDS = {"MAE": {"noise": "@noise"}}
 #: Cases that are recorded for other tests: generation, adapters, faults.
-ELSEWHERE = re.compile(r"gen_beam|lora|adapter|ffadd|bug_|mlphead")
+ELSEWHERE = re.compile(r"gen_beam|adapter|ffadd|bug_|mlphead")
 
 # Fields of a case's `config` that are no part of the architecture, and None for "default": left out.
 # SAT writes an epsilon that is not its default into model_config.json, and classes with their own keep it.

@@ -135,7 +135,7 @@ def write_huggingface(
     """Write tensors of our names as a Hugging Face folder; see `save_huggingface`."""
     record = config.extra.get(RECORD, {})
     before = dict(record.get("config", {}))
-    key_map = _choose_map(model_class, before, model_type)
+    key_map = choose_map(model_class, before, model_type)
     if before.get("model_type") != key_map.model_type:
         record, before = {}, {}
     values = _export_config(key_map, config, model_class, before)
@@ -152,7 +152,8 @@ def write_huggingface(
     write_json(folder / "config.json", values)
 
 
-def _choose_map(model_class: type[AnyModel], before: Mapping[str, Any], model_type: str | None) -> KeyMap:
+def choose_map(model_class: type[AnyModel], before: Mapping[str, Any], model_type: str | None = None) -> KeyMap:
+    """Return the table to write by: the one that is asked for, that of the folder read before, or the first."""
     wanted = model_type or before.get("model_type")
     if before and (model_type is None or before.get("model_type") == model_type):
         return find_key_map(before, model_class)[1]

@@ -5,6 +5,8 @@ What SAT's changelog describes is recognised by its names and repaired with a no
 - mixins numbered in place of named (before v0.1): `mixins.0.x` becomes `mixins.<name>.x`, by the names the caller
   gives, or where the weights of each number fit just one mixin of the model;
 - `word_embeddings.weight` outside of `transformer` (older still).
+- LoRA: SAT's LoraMixin puts `original`, `matrix_A` and `matrix_B` in the place of a linear, its LoRAMixin has
+  `lora_linear.<layer>.Q_A`; ours keeps the base as it is, and has all under `mixins.<name>.layers.`
 
 ChatGLM-6B files written before v0.4.1 keep q, k and v head by head under today's names and shapes: no file says so, so
 the caller must (`interleaved_qkv=True`).
@@ -32,6 +34,15 @@ MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
 }
 
 _NUMBERED = re.compile(r"^mixins\.(\d+)\.(.+)$")
+_ORIGINAL = re.compile(r"^(.*transformer\.layers\..+)\.original\.(weight|bias)$")
+_MATRIX = re.compile(r"^(.*)transformer\.(layers\..+\.matrix_[AB]\.\d+)$")
+_LORA = re.compile(r"^(.*mixins\.[^.]+)\.lora_linear\.(\d+)\.([QKVO])_([AB])$")
+_LORA_PLACES = {
+    "Q": ("query_key_value", 0),
+    "K": ("query_key_value", 1),
+    "V": ("query_key_value", 2),
+    "O": ("dense", 0),
+}
 _QKV = re.compile(r"attention\.query_key_value\.(weight|bias)$")
 
 
@@ -132,9 +143,42 @@ def migrate_sat(
             if found := _NUMBERED.match(name):
                 names[f"mixins.{chosen[int(found[1])]}.{found[2]}"] = names.pop(name)
         notes += [f"mixins.{number}.* -> mixins.{name}.*" for number, name in chosen.items()]
+    notes += _rename_lora(names, tensors, own, what)
     if interleaved_qkv:
         notes.append("query_key_value: head by head -> [q|k|v]")
     return (RenamedTensors(tensors, names, config, interleaved_qkv) if notes else tensors), notes
+
+
+def _rename_lora(
+    names: dict[str, str], tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], what: str
+) -> list[str]:
+    """Give the weights of SAT's LoRA our names, in place; returns notes."""
+    notes: dict[str, None] = {}
+    for name in list(names):
+        if name in own:
+            continue
+        if found := _ORIGINAL.match(name):
+            today, note = f"{found[1]}.{found[2]}", "<linear>.original.* -> <linear>.*"
+        elif found := _MATRIX.match(name):
+            start, tail = f"{found[1]}mixins.", f".{found[2]}"
+            fitting = [other for other in own if other.startswith(start) and other.endswith(tail)]
+            fitting = [other for other in fitting if other.count(".layers.") == 1]
+            if len(fitting) != 1:
+                raise CheckpointError(
+                    f"{what} holds LoRA weights of rank {min(tensors[names[name]].shape)} ('{name}'), and "
+                    f"{len(fitting)} mixins of the model could take them. Add one before loading: add_mixin('lora', "
+                    "LoraMixin(model.config, rank=..., alpha=...)); SAT's alpha is 1 unless it was given."
+                )
+            today, note = fitting[0], f"transformer.<linear>.matrix_* -> {fitting[0][: -len(tail)]}.<linear>.matrix_*"
+        elif found := _LORA.match(name):
+            place, number = _LORA_PLACES[found[3]]
+            today = f"{found[1]}.layers.{found[2]}.attention.{place}.matrix_{found[4]}.{number}"
+            note = f"{found[1]}.lora_linear.* -> {found[1]}.layers.*"
+        else:
+            continue
+        names[today] = names.pop(name)
+        notes[note] = None
+    return list(notes)
 
 
 def _guess(

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sat_lightning.mixins.cached_autoregressive import CachedAutoregressiveMixin
     from sat_lightning.mixins.distilled_classifier import DistilledClassifierMixin
+    from sat_lightning.mixins.dora import DoraMixin
     from sat_lightning.mixins.gated_mlp import GatedMLPMixin
+    from sat_lightning.mixins.ia3 import IA3Mixin
     from sat_lightning.mixins.lm_head import LMHeadMixin
     from sat_lightning.mixins.local_attention import LocalAttentionMixin
+    from sat_lightning.mixins.lora import LoRAMixin, LoraMixin
     from sat_lightning.mixins.masked_lm_head import MaskedLMHeadMixin
     from sat_lightning.mixins.past_key_values import PastKeyValuesMixin
     from sat_lightning.mixins.patch_embedding import ImageConfig, PatchEmbeddingMixin, WholeTableMixin
@@ -27,11 +30,15 @@ if TYPE_CHECKING:
 __all__ = [
     "CachedAutoregressiveMixin",
     "DistilledClassifierMixin",
+    "DoraMixin",
     "GatedMLPMixin",
+    "IA3Mixin",
     "ImageConfig",
     "KeyValueCache",
     "LMHeadMixin",
+    "LoRAMixin",
     "LocalAttentionMixin",
+    "LoraMixin",
     "MaskedLMHeadMixin",
     "PTuningV2Mixin",
     "PastKeyValuesMixin",
@@ -52,9 +59,12 @@ __all__ = [
 _LAZY = {
     "cached_autoregressive": "CachedAutoregressiveMixin",
     "distilled_classifier": "DistilledClassifierMixin",
+    "dora": "DoraMixin",
     "gated_mlp": "GatedMLPMixin",
+    "ia3": "IA3Mixin",
     "lm_head": "LMHeadMixin",
     "local_attention": "LocalAttentionMixin",
+    "lora": "LoRAMixin LoraMixin",
     "masked_lm_head": "MaskedLMHeadMixin",
     "past_key_values": "PastKeyValuesMixin",
     "patch_embedding": "ImageConfig PatchEmbeddingMixin WholeTableMixin",

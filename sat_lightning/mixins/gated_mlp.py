@@ -24,6 +24,8 @@ class GatedMLPMixin(BaseMixin):
         bias: whether a gate has one.
     """
 
+    runs_linears = True
+
     def __init__(
         self, config: TransformerConfig, *, name: str, activates_gate: bool = True, bias: bool = False
     ) -> None:

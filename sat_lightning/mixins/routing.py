@@ -23,6 +23,8 @@ class TopKRoutingMixin(BaseMixin):
         num_experts_per_tok: k.
     """
 
+    runs_linears = True
+
     def __init__(self, config: TransformerConfig, num_experts_per_tok: int) -> None:
         super().__init__()
         init = normal_init(config.init_method_std)

@@ -162,6 +162,7 @@ class BaseModel(Persistent, nn.Module):
         before = new_mixin.__dict__.get("transformer"), new_mixin._owner
         _attach(new_mixin, self.transformer, self)
         try:
+            new_mixin.added_to(self)
             self.mixins[name] = new_mixin
             self._resolve()
             if reinit:

@@ -35,6 +35,8 @@ class BaseMixin(nn.Module):
     freezes_base: ClassVar[bool] = False
     #: Whether its parameters train also where another mixin freezes the base: heads of a new task.
     stays_trainable: ClassVar[bool] = False
+    #: Whether every linear it holds is run by `run_linear`, so that adapters of weights reach it.
+    runs_linears: ClassVar[bool] = False
     #: Patterns over names of the model's other parameters that train with it, as `\.bias$`.
     tuned_parameters: tuple[str, ...] = ()
     #: Whether its hooks are left out when a model resolves them; see `mixins.tuning`.
@@ -51,6 +53,13 @@ class BaseMixin(nn.Module):
         mixin = super().__new__(cls)
         object.__setattr__(mixin, "init_arguments", (args, kwargs))
         return mixin
+
+    def added_to(self, model: BaseModel) -> None:
+        """Settle what depends on the model's modules, before its hooks are resolved; an error refuses to be added.
+
+        Args:
+            model: the model that is about to hold this mixin, with those that were added before.
+        """
 
     def reinit(self, parent_model: BaseModel | None = None) -> None:
         """Set initial values that depend on trained modules, once those are loaded.

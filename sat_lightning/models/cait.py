@@ -127,6 +127,8 @@ class TalkingHeadsMixin(BaseMixin):
         config: gives layers and heads.
     """
 
+    runs_linears = True
+
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         heads, init = config.num_attention_heads, normal_init(config.init_method_std)

@@ -108,6 +108,8 @@ class TwoImagesMixin(BaseMixin):
         config: gives the sizes.
     """
 
+    runs_linears = True
+
     def __init__(self, config: Cuda2dConfig) -> None:
         super().__init__()
         self.layout, self.sides = config.layout, config.sides
