@@ -6,6 +6,7 @@ from sat_lightning.checkpoint.hub import known_models, sat_home
 from sat_lightning.checkpoint.huggingface import save_huggingface
 from sat_lightning.checkpoint.loading import load_checkpoint
 from sat_lightning.checkpoint.native import save_pretrained
+from sat_lightning.checkpoint.peft import load_peft, save_peft
 from sat_lightning.checkpoint.pretrained import AutoModel, from_pretrained
 from sat_lightning.checkpoint.report import LoadReport
 from sat_lightning.checkpoint.sat import save_sat
@@ -17,8 +18,10 @@ __all__ = [
     "from_pretrained",
     "known_models",
     "load_checkpoint",
+    "load_peft",
     "sat_home",
     "save_huggingface",
+    "save_peft",
     "save_pretrained",
     "save_sat",
 ]

@@ -86,11 +86,11 @@ def _probe(group: Group, ours: list[tuple[str, Place]], config: Any) -> Iterator
     sizes = [_rows(place) for _, place in ours]
     starts = [sum(sizes[:index]) for index in range(len(sizes))]
     probes = [
-        ((torch.arange(size) + start)[:, None] * _COLUMNS + torch.arange(_COLUMNS))
+        (torch.arange(size) + start)[:, None] * _COLUMNS + torch.arange(_COLUMNS)
         for size, start in zip(sizes, starts, strict=True)
     ]
-    if len({id(place.module) for _, place in ours}) < len(ours):  # one tensor of theirs, several names of it here
-        probes = probes[:1] * len(ours)
+    if len({id(place.module) for _, place in ours}) < len(ours):
+        return  # one table of theirs is that of two stacks here, and an adapter is of one of them
     try:
         theirs = group.transform.to_hf(probes, config)
     except (RuntimeError, IndexError):

@@ -43,7 +43,7 @@ def write_products(modules: Mapping[str, Module], adapters: Adapters, mixin: Any
         alphas[name] = factor * ranks[name]
         up = torch.cat([_spread(module, rows, part) * (own / factor) for rows, _, part, own in terms], dim=1)
         down = torch.cat([down for _, down, _, _ in terms])
-        if next(iter(module.rows)).place.name == "word_embeddings":
+        if module.rows[0].place.name == "word_embeddings":
             tensors |= {f"{name}.lora_embedding_A": down, f"{name}.lora_embedding_B": up}
             continue
         tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
