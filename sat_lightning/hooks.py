@@ -69,7 +69,7 @@ def computes_loss(hook: HookT) -> HookT:
 
 
 def passes_mask(hook: HookT) -> HookT:
-    """Mark an `attention_fn` that never reads the mask it hands on: no `[s, s]` tensor is then made for its sake."""
+    """Mark a hook that never reads the mask it hands on: no `[s, s]` tensor is then made for its sake."""
     hook.passes_mask = True  # type: ignore[attr-defined]
     return hook
 
@@ -153,16 +153,19 @@ def resolve_hooks(backbone: object, model: object = None, mixins: Mapping[str, o
         origins[seam] = tuple(owner for owner, _ in chain)
         implementations[seam] = tuple(hook for _, hook in chain)
         table[seam] = None if origins[seam] == ("default",) and seam in _MAY_BE_SILENT else _compose(chain)
-    speaks = {seam for seam, names in origins.items() if names != ("default",)}
-    attention = zip(origins["attention_fn"], implementations["attention_fn"], strict=True)
-    readers = [hook for name, hook in attention if name != "default" and not getattr(hook, "passes_mask", False)]
+    own = [
+        hook
+        for seam in ("layer_forward", "attention_forward", "attention_fn")
+        for name, hook in zip(origins[seam], implementations[seam], strict=True)
+        if name != "default"
+    ]
     return _rebuild_table(
         {
             **table,
             "origins": origins,
             "implementations": implementations,
-            "reads_mask": bool(readers or speaks & {"layer_forward", "attention_forward"}),
-            "looks_up_positions": "position_embedding_forward" not in speaks,
+            "reads_mask": any(not getattr(hook, "passes_mask", False) for hook in own),
+            "looks_up_positions": origins["position_embedding_forward"] == ("default",),
         }
     )
 

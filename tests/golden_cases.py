@@ -46,7 +46,9 @@ import_families()
 GOLDEN = Path(__file__).parent / "data" / "golden"
 #: Case -> configuration -> the mixins that a user adds by hand, in order.
 MIXINS = {
+    "adapter": lambda c: {"adapter": mixins.AdapterMixin(c, adapter_hidden=6)},
     "base_moe": lambda c: {"router": user.Router(c.num_layers, c.hidden_size, c.num_experts)},
+    "ffadd": lambda c: {"ffadd": mixins.FFADDMixin(c, r=6, layer_range=[1])},
     "hook_cross_layer": lambda c: {"writer": user.Writer(c.hidden_size), "reader": user.Reader()},
     "hook_cross_layer_ckpt1": lambda c: {"writer": user.Writer(c.hidden_size), "reader": user.Reader()},
     "hook_replacable": lambda c: {
@@ -60,6 +62,7 @@ MIXINS = {
         "scale": user.HeadScale(c.num_attention_heads, c.head_size),
         "shift": user.HeadShift(c.num_attention_heads, c.head_size),
     },
+    "mlphead_bert": lambda c: {"classification_head": mixins.MLPHeadMixin(c, 20, 3)},
     "prefix_gpt2": lambda c: {"prefix-tuning": mixins.PrefixTuningMixin(c, prefix_len=5)},
 }
 #: Case -> mixins of the class that the user takes out first.
@@ -188,11 +191,12 @@ PROCEDURES = {
     "vit_interp": interpolate,
 }
 #: Case -> arguments of from_pretrained that it needs.
-OPTIONS = {}
+# SAT runs its adapter in post order whatever layernorm_order says.
+OPTIONS = {"adapter": {"layernorm_order": "post"}}
 #: Model class -> keywords of every call that the recording set otherwise: MAE's drawing was replaced by a tensor.
 KEYWORDS = {"MAE": {"noise": "@noise"}}
 #: Cases that are recorded for other tests: generation, adapters, faults.
-ELSEWHERE = re.compile(r"gen_beam|adapter|ffadd|bug_|mlphead")
+ELSEWHERE = re.compile(r"gen_beam|bug_")
 
 # Fields of a case's `config` that are no part of the architecture, and None for "default": left out.
 # SAT writes an epsilon that is not its default into model_config.json, and classes with their own keep it.

@@ -2,6 +2,7 @@
 
 import sys
 
+from sat_lightning.checkpoint.adapters import load_adapter, save_adapter
 from sat_lightning.checkpoint.hub import known_models, sat_home
 from sat_lightning.checkpoint.huggingface import save_huggingface
 from sat_lightning.checkpoint.loading import load_checkpoint
@@ -17,9 +18,11 @@ __all__ = [
     "LoadReport",
     "from_pretrained",
     "known_models",
+    "load_adapter",
     "load_checkpoint",
     "load_peft",
     "sat_home",
+    "save_adapter",
     "save_huggingface",
     "save_peft",
     "save_pretrained",

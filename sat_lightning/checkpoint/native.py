@@ -17,6 +17,7 @@ from sat_lightning.checkpoint.migrate import FORMAT_VERSION
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import CheckpointError
 from sat_lightning.model import BaseMixin, ComposedModel
+from sat_lightning.model.composed import owner_of
 from sat_lightning.model.registry import AnyModel
 from sat_lightning.models import find_family
 
@@ -58,7 +59,7 @@ def describe(model: AnyModel) -> dict[str, Any]:
         waiting = waiting[waiting.index(entry) + 1 :]  # the order is part of the behaviour
         kept.append(present.pop(0)[0])
     return values | {
-        "added_mixins": [_record(name, mixin, _owner_config(model, name)) for name, mixin in present],
+        "added_mixins": [record_mixin(name, mixin, owner_of(model, name).config) for name, mixin in present],
         "removed_mixins": [name for name in own if name not in kept],
     }
 
@@ -116,39 +117,49 @@ def all_mixins(model: AnyModel) -> list[tuple[str, BaseMixin]]:
     return list(model.mixins.items())  # type: ignore[arg-type]
 
 
-def _owner_config(model: AnyModel, name: str) -> TransformerConfig:
-    """Return the configuration of the part that holds a mixin."""
-    while isinstance(model, ComposedModel):
-        part, _, name = name.partition(".")
-        model = model.parts[part]
-    return model.config
-
-
 def _rebuild_mixins(model: AnyModel, values: Mapping[str, Any], what: str) -> None:
     """Remove and add what a folder says, in its order."""
     for name in values.get("removed_mixins", ()):
         model.del_mixin(name)
     for entry in values.get("added_mixins", ()):
-        if entry["init_args"] is None:
-            raise CheckpointError(
-                f"{what}: mixin '{entry['name']}' ({entry['class_path']}) was built with {entry['unrecorded']}, which "
-                "no file can hold. Build the model with from_pretrained(..., build_only=True), add the mixin yourself, "
-                "and load with load_checkpoint(model, folder)."
-            )
-        mixin_class = _find_mixin(entry["class_path"], entry["name"], what)
-        recorded, config = entry["init_args"].items(), _owner_config(model, entry["name"])
-        settings: dict[str, Any] = {k: config if v == _MODEL_CONFIG else _decode(v, what) for k, v in recorded}
-        positional: list[Any] = []
-        if "*" in settings:  # all that stand before it go by position too
-            names = list(settings)
-            positional = [settings.pop(name) for name in names[: names.index("*")]] + settings.pop("*")
-        mixin = mixin_class(*positional, **settings)
-        for switch in _SWITCHES.keys() & entry.keys():
-            setattr(mixin, switch, entry[switch])
-        model.add_mixin(entry["name"], mixin)
+        model.add_mixin(entry["name"], build_mixin(entry, owner_of(model, entry["name"]).config, what))
 
 
-def _record(name: str, mixin: Any, config: TransformerConfig) -> dict[str, Any]:
+def build_mixin(entry: Mapping[str, Any], config: TransformerConfig, what: str) -> BaseMixin:
+    """Build the mixin that `record_mixin` described, without its weights.
+
+    Args:
+        entry: the description.
+        config: of the model that is to hold it.
+        what: the file, for messages.
+
+    Returns:
+        The mixin.
+
+    Raises:
+        CheckpointError: if its class or settings are not known here.
+    """
+    if entry["init_args"] is None:
+        raise CheckpointError(
+            f"{what}: mixin '{entry['name']}' ({entry['class_path']}) was built with {entry['unrecorded']}, which "
+            "no file can hold. Build the model with from_pretrained(..., build_only=True), add the mixin yourself, "
+            "and load with load_checkpoint(model, folder)."
+        )
+    mixin_class = _find_mixin(entry["class_path"], entry["name"], what)
+    recorded = entry["init_args"].items()
+    settings: dict[str, Any] = {k: config if v == _MODEL_CONFIG else _decode(v, what) for k, v in recorded}
+    positional: list[Any] = []
+    if "*" in settings:  # all that stand before it go by position too
+        names = list(settings)
+        positional = [settings.pop(name) for name in names[: names.index("*")]] + settings.pop("*")
+    mixin = mixin_class(*positional, **settings)
+    for switch in _SWITCHES.keys() & entry.keys():
+        setattr(mixin, switch, entry[switch])
+    return mixin
+
+
+def record_mixin(name: str, mixin: Any, config: TransformerConfig) -> dict[str, Any]:
+    """Describe a mixin of a model of that configuration: its name, class, settings and switches."""
     entry: dict[str, Any] = {"name": name, "class_path": f"{type(mixin).__module__}.{type(mixin).__qualname__}"}
     if mixin.freezes_base:
         entry |= {key: getattr(mixin, key) for key, usual in _SWITCHES.items() if getattr(mixin, key, usual) != usual}

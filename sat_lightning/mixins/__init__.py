@@ -6,15 +6,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sat_lightning.mixins.adapter import AdapterMixin
+    from sat_lightning.mixins.bitfit import BitFitMixin
     from sat_lightning.mixins.cached_autoregressive import CachedAutoregressiveMixin
     from sat_lightning.mixins.distilled_classifier import DistilledClassifierMixin
     from sat_lightning.mixins.dora import DoraMixin
+    from sat_lightning.mixins.ffadd import FFADDMixin
     from sat_lightning.mixins.gated_mlp import GatedMLPMixin
     from sat_lightning.mixins.ia3 import IA3Mixin
+    from sat_lightning.mixins.layernorm_tuning import LayerNormTuningMixin
     from sat_lightning.mixins.lm_head import LMHeadMixin
     from sat_lightning.mixins.local_attention import LocalAttentionMixin
     from sat_lightning.mixins.lora import LoRAMixin, LoraMixin
     from sat_lightning.mixins.masked_lm_head import MaskedLMHeadMixin
+    from sat_lightning.mixins.mlp_head import MLPHeadMixin, TaskHeadsMixin
     from sat_lightning.mixins.past_key_values import PastKeyValuesMixin
     from sat_lightning.mixins.patch_embedding import ImageConfig, PatchEmbeddingMixin, WholeTableMixin
     from sat_lightning.mixins.pooler import PoolerMixin
@@ -28,6 +33,12 @@ if TYPE_CHECKING:
     from sat_lightning.mixins.tuning import TuningMixin
 
 __all__ = [
+    "TaskHeadsMixin",
+    "MLPHeadMixin",
+    "LayerNormTuningMixin",
+    "FFADDMixin",
+    "BitFitMixin",
+    "AdapterMixin",
     "CachedAutoregressiveMixin",
     "DistilledClassifierMixin",
     "DoraMixin",
@@ -57,15 +68,20 @@ __all__ = [
 
 # The names of each module.
 _LAZY = {
+    "adapter": "AdapterMixin",
+    "bitfit": "BitFitMixin",
     "cached_autoregressive": "CachedAutoregressiveMixin",
     "distilled_classifier": "DistilledClassifierMixin",
     "dora": "DoraMixin",
+    "ffadd": "FFADDMixin",
     "gated_mlp": "GatedMLPMixin",
     "ia3": "IA3Mixin",
+    "layernorm_tuning": "LayerNormTuningMixin",
     "lm_head": "LMHeadMixin",
     "local_attention": "LocalAttentionMixin",
     "lora": "LoRAMixin LoraMixin",
     "masked_lm_head": "MaskedLMHeadMixin",
+    "mlp_head": "MLPHeadMixin TaskHeadsMixin",
     "past_key_values": "PastKeyValuesMixin",
     "patch_embedding": "ImageConfig PatchEmbeddingMixin WholeTableMixin",
     "pooler": "PoolerMixin",

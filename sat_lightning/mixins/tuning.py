@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from sat_lightning.config import TransformerConfig
-from sat_lightning.errors import ConfigError
+from sat_lightning.errors import ConfigError, HookError
 from sat_lightning.model import BaseMixin
+
+if TYPE_CHECKING:
+    from sat_lightning.model import BaseModel
 
 
 class TuningMixin(BaseMixin):
@@ -19,8 +22,7 @@ class TuningMixin(BaseMixin):
 
     freezes_base: ClassVar[bool] = True
     stays_trainable: ClassVar[bool] = True
-    #: Factor to what the method adds: 1 as trained, 0 as if it were not there. A number, never a tensor.
-    scale: float = 1.0
+    _scale: float = 1.0
 
     def __new__(cls, *args: Any, **kwargs: Any) -> TuningMixin:
         """Refuse sizes in the place of the configuration, as SAT's constructors take them."""
@@ -31,6 +33,15 @@ class TuningMixin(BaseMixin):
                 f"{cls.__name__}(model.config, ...), with its settings by name: {', '.join(settings) or 'none'}."
             )
         return cast(TuningMixin, super().__new__(cls, *args, **kwargs))
+
+    @property
+    def scale(self) -> float:
+        """Factor to what the method adds: 1 as trained, 0 as if it were not there. A number, never a tensor."""
+        return self._scale
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        self._scale = value
 
     @property
     def enabled(self) -> bool:
@@ -65,3 +76,42 @@ class TuningMixin(BaseMixin):
         except BaseException:
             self._is_silent = before
             raise
+
+
+class BaseTuningMixin(TuningMixin):
+    """Trains some parameters of the base itself, and has none of its own: it says which, by `tuned_parameters`."""
+
+    def added_to(self, model: BaseModel) -> None:
+        """Look whether the model has such parameters.
+
+        Raises:
+            HookError: if it has none.
+        """
+        if not self.tuned_in(model):
+            raise HookError(
+                f"{type(self).__name__}: {type(model).__name__} has no parameter that it would train, none matches "
+                f"{' or '.join(self.tuned_parameters)}. Choose another method."
+            )
+
+    @property
+    def scale(self) -> float:
+        """Always 1: what was trained is in the base."""
+        return 1.0
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        raise HookError(
+            f"{type(self).__name__} has no scale: it trains parameters of the base in place. Keep a copy of the base, "
+            "or its file, to go back."
+        )
+
+    def disable(self) -> None:
+        """Refuse: the base is what it is.
+
+        Raises:
+            HookError: always.
+        """
+        raise HookError(
+            f"{type(self).__name__} cannot be disabled: it trains parameters of the base in place. Keep a copy of the "
+            "base, or its file, to go back."
+        )

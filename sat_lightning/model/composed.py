@@ -99,3 +99,14 @@ class ComposedModel(Persistent, nn.Module):
                 f"{', '.join(repr(k) for k in known)}.{nearest(name, known)}"
             )
         return self.parts[part], rest
+
+
+def owner_of(model: BaseModel | ComposedModel, name: str) -> BaseModel:
+    """Return the part that holds, or would hold, the mixin of a name: `decoder.lora` is the decoder's.
+
+    Raises:
+        HookError: if there is no such part.
+    """
+    while isinstance(model, ComposedModel):
+        model, name = model._part_of(name)
+    return model

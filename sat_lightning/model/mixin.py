@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
@@ -60,6 +61,15 @@ class BaseMixin(nn.Module):
         Args:
             model: the model that is about to hold this mixin, with those that were added before.
         """
+
+    def tuned_in(self, model: BaseModel) -> dict[str, nn.Parameter]:
+        """Return those of a model's parameters that train with this mixin, by name; none of a method or a new head."""
+        beside = tuple(f"mixins.{name}." for name, mixin in model.mixins.items() if mixin.stays_trainable)
+        return {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if any(re.search(pattern, name) for pattern in self.tuned_parameters) and not name.startswith(beside)
+        }
 
     def reinit(self, parent_model: BaseModel | None = None) -> None:
         """Set initial values that depend on trained modules, once those are loaded.

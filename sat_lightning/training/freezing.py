@@ -1,11 +1,13 @@
 """Which parameters train: patterns over their names."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 from torch import nn
 
 from sat_lightning.errors import ConfigError, nearest
+from sat_lightning.model import BaseModel
 
 
 def freeze_parameters(
@@ -34,6 +36,41 @@ def freeze_parameters(
         parameters[name].requires_grad_(False)
     if (trainable is not None or frozen) and not any(p.requires_grad for p in parameters.values()):
         raise ConfigError(f"trainable {list(trainable or [])} and frozen {list(frozen or [])} leave nothing to train.")
+
+
+def freeze_base(model: nn.Module, added: Collection[str] = ()) -> None:
+    """Freeze all that a method of fine-tuning does not train, if the model has one.
+
+    A mixin of such a method (`freezes_base`) that is not disabled freezes the whole model, except for all mixins that
+    `stays_trainable` (methods, and heads of new tasks), those in `added`, and what matches the `tuned_parameters` of a
+    method in the model that holds it.
+
+    Args:
+        model: changed in place; what does not train already stays so.
+        added: names of mixins, `<part>.<name>` in composed models.
+    """
+    mixins: list[tuple[str, BaseModel, str, Any]] = [
+        (prefix, part, *item) for prefix, part in _parts(model) for item in part.mixins.items()
+    ]
+    methods = [(part, m) for _, part, _, m in mixins if m.freezes_base and not m._is_silent]
+    if not methods:
+        return
+    trained: set[int] = set()
+    for prefix, _, name, mixin in mixins:
+        if (mixin.stays_trainable or prefix + name in added) and not mixin._is_silent:
+            trained |= set(map(id, mixin.parameters()))
+    for part, mixin in methods:
+        trained |= set(map(id, mixin.tuned_in(part).values()))
+    for parameter in model.parameters():
+        if id(parameter) not in trained:
+            parameter.requires_grad_(False)
+
+
+def _parts(model: nn.Module) -> Iterator[tuple[str, BaseModel]]:
+    """Yield every model that holds mixins, with the prefix of their names."""
+    for name, module in model.named_modules():
+        if isinstance(module, BaseModel):
+            yield f"{name}." if name else "", module
 
 
 def _find(option: str, patterns: Sequence[str], names: list[str]) -> set[str]:

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import Strategy
-from torch import Tensor, nn
+from torch import nn
 
+from sat_lightning.checkpoint.content import add_tensor
 from sat_lightning.checkpoint.report import some
 from sat_lightning.checkpoint.split import full_shape, is_split
 from sat_lightning.errors import CheckpointError
@@ -49,7 +50,7 @@ def describe_base(module: nn.Module, strategy: Strategy | None = None) -> dict[s
         whole = gather_tensor(parameter, strategy) if is_split(parameter) else parameter.detach()
         for half, digest in digests.items() if is_first else ():
             is_rounded = half and parameter.is_floating_point()
-            _add(digest, name, whole.to(_HALVES[half]) if is_rounded else whole, full_shape(parameter))
+            add_tensor(digest, name, whole.to(_HALVES[half]) if is_rounded else whole, full_shape(parameter))
     found = {half: digest.hexdigest() for half, digest in digests.items()}
     if strategy is not None:
         found = strategy.broadcast(found)
@@ -110,8 +111,3 @@ def refuse_differing(missing: Iterable[str], unknown: Iterable[str]) -> None:
             f"The checkpoint does not fit: it lacks {some(missing)}, and the model lacks {some(unknown)}. Build the "
             "model as it was, with the same mixins and the same frozen weights."
         )
-
-
-def _add(digest: Any, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:  # noqa: ANN401
-    digest.update(f"{name} {tensor.dtype} {list(shape)}\n".encode())
-    digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)

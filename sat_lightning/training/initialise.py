@@ -57,12 +57,16 @@ def _read_weights(module: L.LightningModule, path: Path) -> None:
     if not isinstance(model, BaseModel):
         _fill(module, _weights_of_run(path), path)
         return
-    added = tuple(f"mixins.{name}.*" for name in getattr(module, "_mixin_factories", ()))
+    factories = getattr(module, "_mixin_factories", {})
+    added, removed = (
+        tuple(f"mixins.{name}.*" for name, factory in factories.items() if (factory is None) == is_removed)
+        for is_removed in (False, True)
+    )
     if path.suffix in _FILES_OF_RUNS:
         tensors = {name.removeprefix("model."): tensor for name, tensor in _weights_of_run(path).items()}
-        report = fit(model, Incoming(tensors), Tolerance(may_miss=added), what=str(path))
+        report = fit(model, Incoming(tensors), Tolerance(may_miss=added, ignore=removed), what=str(path))
     else:
-        report = load_checkpoint(model, path, may_miss=added)
+        report = load_checkpoint(model, path, may_miss=added, ignore=removed)
     new = f" New in the model: {some(report.missing)}." if report.missing else ""
     rank_zero_info(f"Begins with {len(report.loaded)} tensors of {path}.{new}")
 

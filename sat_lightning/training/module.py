@@ -13,11 +13,12 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import ConfigError
 from sat_lightning.model import AnyModel, BaseMixin
+from sat_lightning.model.composed import owner_of
 from sat_lightning.training.callbacks.exact_resume import ExactResume
 from sat_lightning.training.callbacks.gradient_norm import GradientNorm
 from sat_lightning.training.callbacks.save_on_signal import SaveOnSignal
 from sat_lightning.training.flops import count_flops
-from sat_lightning.training.freezing import freeze_parameters
+from sat_lightning.training.freezing import freeze_base, freeze_parameters
 from sat_lightning.training.groups import freeze_by_rules, group_parameters, scale_learning_rates
 from sat_lightning.training.optim import OptimConfig, OptimizerFactory, check_kind, make_adamw, make_schedule
 from sat_lightning.training.runs import is_trial, total_steps
@@ -40,9 +41,11 @@ class SATLightningModule(StepModule):
     Args:
         model: builds the model; called in `configure_model`, so that a sharding strategy can build it in pieces. A
             model that stands already will do too.
-        mixins: builders of mixins to add, by name; each receives the model's configuration. A second `--config` that
-            lists mixins replaces the first one's, so a model's own mixins belong in its class.
-        trainable: regular expressions over parameter names; only what matches trains. See `freeze_parameters`.
+        mixins: builders of mixins to add, by name; each receives the configuration of the model that holds it. None in
+            place of a builder removes the mixin of that name: a head that another one replaces. A second `--config`
+            that lists mixins replaces the first one's, so a model's own mixins belong in its class.
+        trainable: regular expressions over parameter names; only what matches trains. Default: everything, or where a
+            mixin is a method of fine-tuning, such mixins and heads. See `freeze_base` and `freeze_parameters`.
         frozen: regular expressions over parameter names; what matches does not train, also inside `trainable`.
         compile: compile the model in place; a dict holds arguments of `torch.compile`.
         optimizer: builds an optimizer from parameter groups, instead of AdamW.
@@ -55,7 +58,7 @@ class SATLightningModule(StepModule):
     def __init__(
         self,
         model: ModelFactory,
-        mixins: dict[str, MixinFactory] | None = None,
+        mixins: dict[str, MixinFactory | None] | None = None,
         trainable: list[str] | None = None,
         frozen: list[str] | None = None,
         compile: bool | dict[str, Any] = False,
@@ -162,8 +165,14 @@ class SATLightningModule(StepModule):
         if not model.training:  # from_pretrained builds for inference, and Lightning leaves the mode as it is
             model.train()
         for name, factory in self._mixin_factories.items():
-            model.add_mixin(name, factory(model.config))
-        model.reinit(list(self._mixin_factories))
+            if factory is None:
+                model.del_mixin(name)
+            else:
+                model.add_mixin(name, factory(owner_of(model, name).config))
+        added = [name for name, factory in self._mixin_factories.items() if factory is not None]
+        model.reinit(added)
+        if self._trainable is None:
+            freeze_base(model, added)
         freeze_parameters(model, self._trainable, self._frozen)
         freeze_by_rules(model, self.optim.groups)
         self.model = model
