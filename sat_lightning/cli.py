@@ -20,6 +20,7 @@ _TRAINER = "sat_lightning.training.trainer_cli:run_trainer"
 VERBS: dict[str, tuple[str, str]] = {
     "convert": ("write a checkpoint in another format: native, SAT's or Hugging Face's", _CONVERT),
     "fit": ("train a model, from the beginning or from a checkpoint", _TRAINER),
+    "generate": ("continue prompts with a trained model", "sat_lightning.training.commands.generate:run_generate"),
     "validate": ("measure a model on the validation split", _TRAINER),
     "test": ("measure a model on the test split", _TRAINER),
     "clean-cache": ("remove prepared data that nobody used for a month", "sat_lightning.data.cache:run_clean"),

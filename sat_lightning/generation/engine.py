@@ -112,6 +112,11 @@ class _Job:
         self.strategy, self.tokenizer, self.options = strategy or greedy(), tokenizer, options
         self.rows = read_prompts(prompts, tokenizer)
         check_rows(self.rows, self.model.config.vocab_size)
+        self.row_ids = range(len(self.rows)) if options.row_ids is None else options.row_ids
+        if len(self.row_ids) != len(self.rows):
+            raise InputError(
+                f"row_ids has {len(self.row_ids)} entries for {len(self.rows)} prompts: give one a prompt."
+            )
         if options.stop_strings and tokenizer is None:
             raise InputError("stop_strings are found in text: pass tokenizer=.")
         writer = writer_of(self.model)
@@ -144,8 +149,9 @@ class _Batch:
         self.job, self.indices, self.is_streamed = job, indices, is_streamed
         rows = [job.rows[index] for index in indices]
         self.runner = Runner(job.model, rows, job.max_new_tokens, job.call, job.options.decoder_start)
+        row_ids = [job.row_ids[index] for index in indices]
         self.state = DecodingState.create(
-            self.runner.prompts, job.max_new_tokens, seed=job.options.seed, row_ids=indices, end_tokens=job.end_tokens
+            self.runner.prompts, job.max_new_tokens, seed=job.options.seed, row_ids=row_ids, end_tokens=job.end_tokens
         )
         self.texts = [RowText(job.tokenizer, job.options.stop_strings) for _ in rows]
         self.finishes: list[Finish | None] = [None] * len(rows)

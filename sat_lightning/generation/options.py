@@ -32,6 +32,8 @@ class GenerationOptions:
     """Texts that end a row; the result ends before them. They need a tokenizer."""
     seed: int | None = None
     """Of strategies that draw: each row draws by the seed and its own place among the prompts. Default: a new one."""
+    row_ids: Sequence[int] | None = None
+    """A number for each prompt in the place of its place, so that calls that share prompts out draw as one would."""
     batch_size: int | None = None
     """Prompts that are read together; those of like length go together. Default: all."""
     prefill_chunk: int | None = None

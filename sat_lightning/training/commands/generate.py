@@ -1,0 +1,185 @@
+"""`sat-lightning generate --ckpt PATH --prompt TEXT`, or `--input prompts.jsonl --output out.jsonl`: write on.
+
+A prompt alone is continued on the terminal as it is written. With --output the prompts of a file go in batches of like
+length; a run that was killed goes on where it stopped when the same command is given again, and no prompt is answered
+twice. Lines stand in the order in which they were finished until all are there, then in that of the input. Each holds
+all that the input's line did, and: index (the input's line, from 0 on), generated (text), finish ("end", "stop" or
+"length"), num_tokens, and for beams score and alternatives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from sat_lightning.errors import DataError, InputError, UsageError
+from sat_lightning.generation import Generation, GenerationOptions, generate, stream
+from sat_lightning.generation.runner import longest_of, writer_of
+from sat_lightning.model import EncoderDecoderModel
+from sat_lightning.training.commands.records import Output, Record, only_writer, read_records
+from sat_lightning.training.commands.source import Source, describe_path, find_weights, load_source
+from sat_lightning.training.commands.words import Parser, make_generation_options, make_parser, make_strategy
+
+#: Batches whose prompts are sorted by length together.
+_BATCHES_PER_BLOCK = 64
+#: Settings that do not change what is written, or not what an output holds.
+_NOT_SETTINGS = frozenset(
+    "output overwrite only_new batch_size device check_every compile prefill_chunk prompt".split()
+)
+
+
+def run_generate(verb: str, words: list[str]) -> None:
+    """Run the verb.
+
+    Args:
+        verb: its name.
+        words: what stands after it.
+
+    Raises:
+        UsageError: the words cannot be understood.
+        SatError: there is no model, no tokenizer or no input, or the model cannot write.
+    """
+    options = _make_parser(verb).parse_args(words)
+    if bool(options.prompt) == bool(options.input):
+        raise UsageError("give either --prompt TEXT, which may be given again, or --input FILE.jsonl.")
+    if options.input and not options.output:
+        raise UsageError(f"--input {options.input} needs --output FILE.jsonl.")
+    if options.batch_size < 1:
+        raise UsageError(f"--batch-size is {options.batch_size}; it is at least 1.")
+    try:
+        if options.output:
+            with only_writer(options.output):
+                _write_file(options)
+        else:
+            _write_terminal(options)
+    except InputError as error:  # a prompt the model cannot take, or logits that are none: one line says it
+        raise DataError(str(error)) from error
+
+
+def _make_parser(verb: str) -> Parser:
+    parser = make_parser(verb, __doc__)
+    add = parser.add_argument_group("what is written").add_argument
+    add("--prompt", action="append", default=[], metavar="TEXT", help="to go on from; may be given again")
+    add("--input", metavar="FILE", help='lines {"prompt": "..."}; other entries are kept')
+    add("--field", default="prompt", metavar="NAME", help="of the text in a line of the input; default: prompt")
+    add("--output", metavar="FILE", help="where lines are added; not finished, it is gone on with")
+    add("--overwrite", action="store_true", help="begin the output anew")
+    add("--batch-size", type=int, default=8, metavar="N", help="prompts at once; default: 8")
+    add("--truncate", action="store_true", help="leave out the beginning of prompts that are too long")
+    add("--only-new", action="store_true", help="on the terminal, leave out the prompts")
+    return parser
+
+
+def _write_terminal(options: argparse.Namespace) -> None:
+    source = _load(options)
+    strategy, settings = make_strategy(options, source), make_generation_options(options, source)
+    for index, prompt in enumerate(options.prompt):
+        ids = _read_ids(Record(index, prompt), source, settings, options.truncate)
+        say("" if index == 0 else "\n")
+        texts: Iterator[str]
+        if options.num_beams > 1:
+            (found,) = generate(
+                source.model, [ids], strategy=strategy, tokenizer=source.tokenizer, options=settings, row_ids=[index]
+            )
+            best = [found, *found.alternatives][: options.n_best]
+            texts = iter([("" if options.only_new else prompt) + str(each.text) + "\n" for each in best])
+        else:
+            say("" if options.only_new else prompt)
+            parts = stream(
+                source.model, [ids], strategy=strategy, tokenizer=source.tokenizer, options=settings, row_ids=[index]
+            )
+            texts = (part.text for part in parts)
+        for text in texts:
+            say(text)
+        say("" if options.num_beams > 1 else "\n")
+
+
+def _write_file(options: argparse.Namespace) -> None:
+    texts = enumerate(options.prompt)
+    given = [Record(i, text, {options.field: text}) for i, text in texts]
+    records = given or read_records(options.input, options.field)
+    output = Output(options.output, _settings(options), options.overwrite)
+    options.seed = output.settings["seed"]
+    source = _load(options)
+    strategy, settings = make_strategy(options, source), make_generation_options(options, source)
+    output.begin({**output.settings, "seed": options.seed}, records)
+    todo = [record for record in records if record.index not in output.done]
+    with tqdm(total=len(records), initial=len(output.done), unit="prompt", disable=None, file=sys.stderr) as progress:
+        for batch in _batches(todo, source, settings, options):
+            found = generate(
+                source.model, [ids for _, ids in batch], strategy=strategy, tokenizer=source.tokenizer,
+                options=settings, row_ids=[record.index for record, _ in batch],
+            )  # fmt: skip
+            output.append(_line(record, one, options.n_best) for (record, _), one in zip(batch, found, strict=True))
+            progress.update(len(batch))
+    output.sort()
+    sys.stderr.write(f"{options.output}: {len(todo)} written, {len(records) - len(todo)} were there.\n")
+
+
+def _batches(
+    records: Sequence[Record], source: Source, settings: GenerationOptions, options: argparse.Namespace
+) -> Iterator[list[tuple[Record, list[int]]]]:
+    """Yield batches of like length, the longest of each block first, so that memory runs out at once or never."""
+    size = options.batch_size
+    for start in range(0, len(records), size * _BATCHES_PER_BLOCK):
+        block = records[start : start + size * _BATCHES_PER_BLOCK]
+        rows = [(record, _read_ids(record, source, settings, options.truncate)) for record in block]
+        rows.sort(key=lambda row: -len(row[1]))
+        for first in range(0, len(rows), size):
+            yield rows[first : first + size]
+
+
+def _read_ids(record: Record, source: Source, settings: GenerationOptions, truncates: bool) -> list[int]:
+    """Return the ids of a prompt that the model has room for; of an empty one the beginning of a document."""
+    prompt = record.prompt
+    ids = [int(token) for token in (source.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)]
+    ids = ids or [int(source.tokenizer.end_of_document_id)]
+    is_pair = isinstance(source.model, EncoderDecoderModel)
+    longest = longest_of(source.model.encoder if is_pair else writer_of(source.model))
+    if longest is None:
+        return ids
+    room = longest if is_pair else longest - int(settings.max_new_tokens or 0)
+    if room < 1:
+        raise UsageError(f"--max-new-tokens is {settings.max_new_tokens}, and the model has {longest} positions.")
+    if len(ids) > room and not truncates:
+        raise DataError(
+            f"prompt {record.index + 1} has {len(ids)} tokens; the model has {longest} positions, which leaves {room} "
+            f"beside --max-new-tokens {settings.max_new_tokens}. Lower that, or give --truncate."
+        )
+    return ids[-room:]
+
+
+def _line(record: Record, found: Generation, n_best: int) -> dict[str, Any]:
+    line = {**record.fields, "index": record.index, "generated": found.text, "finish": found.finish}
+    line["num_tokens"] = len(found.tokens)
+    if found.score is not None:
+        others = found.alternatives[: n_best - 1]
+        line["score"] = float(found.score)
+        line["alternatives"] = [{"generated": other.text, "score": float(other.score or 0)} for other in others]
+    return line
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what decides about the text, as plain values."""
+    values = {name: value for name, value in vars(options).items() if name not in _NOT_SETTINGS}
+    paths = {"ckpt": find_weights(values["ckpt"])[0], "input": values["input"]}
+    return values | {name: describe_path(path) for name, path in paths.items() if path}
+
+
+def _load(options: argparse.Namespace) -> Source:
+    return load_source(options.ckpt, tokenizer=options.tokenizer, dtype=options.dtype, device=options.device)
+
+
+def say(text: str) -> None:
+    """Write to the terminal at once."""
+    if text:
+        try:
+            sys.stdout.write(text)
+        except UnicodeEncodeError:  # a terminal that is no UTF-8
+            encoding = sys.stdout.encoding or "ascii"
+            sys.stdout.write(text.encode(encoding, errors="replace").decode(encoding))
+        sys.stdout.flush()
