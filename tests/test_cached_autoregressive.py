@@ -1,4 +1,4 @@
-"""The cache that travels as `mems`: cached logits are the uncached ones, whatever the family and the mixins."""
+"""Cached logits are the uncached ones, for both caches, whatever the family and the mixins."""
 
 import pytest
 import torch
@@ -7,7 +7,14 @@ from torch.testing import assert_close
 
 from sat_lightning import BaseMixin, non_conflict
 from sat_lightning.errors import InputError
-from sat_lightning.mixins import CachedAutoregressiveMixin, LocalAttentionMixin, RelativeBiasMixin
+from sat_lightning.mixins import (
+    CachedAutoregressiveMixin,
+    KeyValueCache,
+    LocalAttentionMixin,
+    PrefixTuningMixin,
+    RelativeBiasMixin,
+    StaticCacheMixin,
+)
 from sat_lightning.nn.blank_filling import blank_filling
 from tests.families import FAMILIES, Family, ids
 
@@ -60,11 +67,7 @@ def stepwise(model, input_ids, chunks=CHUNKS, positions=None, mask="causal", **k
     logits, mems, start = [], None, 0
     for chunk in chunks:
         stop = start + chunk
-        if positions is not None:
-            kw["position_ids"] = positions[..., start:stop]
-        part = mask[..., start:stop, :stop] if isinstance(mask, torch.Tensor) else mask
-        with torch.no_grad():
-            scores, *layers = model(input_ids[:, start:stop], attention_mask=part, mems=mems, **kw)
+        scores, *layers = feed(model, input_ids, start, stop, positions, mask, mems=mems, **kw)
         logits.append(scores)
         new = torch.stack([layer["mem_kv"] for layer in layers])
         mems = new if mems is None else torch.cat([mems, new], dim=2)
@@ -74,69 +77,120 @@ def stepwise(model, input_ids, chunks=CHUNKS, positions=None, mask="causal", **k
     return torch.cat(logits, dim=1), mems
 
 
-def cached(model, place=None):
+def in_place(model, input_ids, chunks=CHUNKS, positions=None, mask="causal", padding=None, dtype=None, **kw):
+    """The same with a cache of a fixed size, in the place of mems."""
+    logits, start = [], 0
+    cache = KeyValueCache(input_ids.shape[1] + 2, padding=padding, dtype=dtype)
+    for chunk in chunks:
+        logits.append(feed(model, input_ids, start, start + chunk, positions, mask, cache=cache, **kw)[0])
+        cache.advance(chunk)
+        if "encoder_outputs" in kw:
+            kw["encoder_outputs"] = cache.cross
+        start += chunk
+    return torch.cat(logits, dim=1), cache
+
+
+def feed(model, input_ids, start, stop, positions, mask, **kw):
+    if positions is not None:
+        kw["position_ids"] = positions[..., start:stop]
+    part = mask[..., start:stop, :stop] if isinstance(mask, torch.Tensor) else mask
+    with torch.no_grad():
+        return model(input_ids[:, start:stop], attention_mask=part, **kw)
+
+
+STEPWISE = {"mems": stepwise, "in place": in_place}
+
+
+def cached(model, kind="mems", place="last"):
     """Add the cache, as the first of all mixins or as the last."""
-    model.add_mixin("auto-regressive", CachedAutoregressiveMixin())
+    model.add_mixin("cache", CachedAutoregressiveMixin() if kind == "mems" else StaticCacheMixin())
     if place == "first":
-        for name in [name for name in model.mixins if name != "auto-regressive"]:
+        for name in [name for name in model.mixins if name != "cache"]:
             mixin = model.get_mixin(name)
             model.del_mixin(name)
             model.add_mixin(name, mixin)
     return model
 
 
+@pytest.fixture(params=STEPWISE)
+def kind(request):
+    return request.param
+
+
+def tune(model, tuning):
+    """Add what fine-tuning adds."""
+    torch.manual_seed(1)
+    if tuning == "prefix":
+        model.add_mixin("prefix", PrefixTuningMixin(model.config, prefix_len=3))
+        for parameter in model.get_mixin("prefix").parameters():
+            nn.init.normal_(parameter)
+    if tuning == "stack":
+        model.add_mixin("scale", Scale())
+        model.add_mixin("prefix", Prefix(model.config))
+        model.add_mixin("second", PrefixTuningMixin(model.config, prefix_len=2))
+    return model
+
+
 @pytest.mark.parametrize("name", [*CAUSAL, *ORDERS])
-def test_cached_equals_uncached(name):
-    family = (FAMILIES | ORDERS)[name]
-    model, input_ids = family.build().eval(), ids()
+@pytest.mark.parametrize("tuning", ["none", "prefix", "stack"])
+def test_cached_equals_uncached(name, kind, tuning):
+    model, input_ids = tune((FAMILIES | ORDERS)[name].build().eval(), tuning), ids()
     expected = whole(model, input_ids, attention_mask="causal")
-    logits, mems = stepwise(cached(model), input_ids)
+    logits, memory = STEPWISE[kind](cached(model, kind), input_ids)
     assert_close(logits, expected, atol=1e-5, rtol=1e-5)
-    config = model.config
-    assert mems.shape == (config.num_layers, 2, 9, 2 * config.num_key_value_heads * config.head_size)
-    assert_close(whole(model, input_ids, attention_mask="causal"), expected)  # without mems it is the model itself
+    assert_close(whole(model, input_ids, attention_mask="causal"), expected)  # it is the model itself
+    if kind == "mems":
+        config = model.config
+        assert memory.shape == (config.num_layers, 2, 9, 2 * config.num_key_value_heads * config.head_size)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gptneo", "mistral", "mixtral", "chatglm2", "glm130b", "base-post"])
-@pytest.mark.parametrize("place", ["first", "last"])
-def test_any_order_of_mixins(name, place):
-    """A cache keeps what tokens brought, never a prefix, whether it stands within the others or around them."""
-    family = (FAMILIES | ORDERS)[name]
-    model, input_ids = family.build().eval(), ids()
-    model.add_mixin("scale", Scale())
-    model.add_mixin("prefix", Prefix(model.config))
+@pytest.mark.parametrize("tuning", ["none", "prefix", "stack"])
+def test_a_cache_within_the_other_mixins(name, kind, tuning):
+    """It keeps what tokens brought, never a prefix; windows around it count the keys that it will put in front."""
+    model, input_ids = tune((FAMILIES | ORDERS)[name].build().eval(), tuning), ids()
     expected = whole(model, input_ids, attention_mask="causal")
-    logits, mems = stepwise(cached(model, place), input_ids)
-    assert model.hook_origins["attention_fn"].startswith("auto-regressive") == (place == "last")
-    assert_close(logits, expected, atol=1e-5, rtol=1e-5)
-    assert mems.shape[2] == 9
+    cached(model, kind, "first")
+    if tuning != "none":
+        assert not model.hook_origins["attention_fn"].startswith("cache")
+    for mask in ("causal", torch.ones(9, 9).tril()):
+        mask = 1 - mask if name == "glm130b" and isinstance(mask, torch.Tensor) else mask
+        assert_close(STEPWISE[kind](model, input_ids, mask=mask)[0], expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("mixin", ["window", "bias"])
-def test_distances_count_the_past_around_a_cache(mixin):
+@pytest.mark.parametrize("chunks", [CHUNKS, [4, 1, 1, 1, 1, 1]])
+def test_distances_count_the_past_around_a_cache(mixin, kind, chunks):
     """What measures distances may be added after the cache, though it then sees the new keys only."""
-    model = FAMILIES["gpt2"].build().eval()
-    cached(model)
+    model = cached(FAMILIES["gpt2"].build().eval(), kind)
     kinds = {
         "window": lambda: LocalAttentionMixin([3, None]),
         "bias": lambda: RelativeBiasMixin(model.config, 8, is_bidirectional=False, max_distance=8),
     }
     model.add_mixin(mixin, kinds[mixin]())
-    model.add_mixin("prefix", Prefix(model.config))
+    tune(model, "stack")
     expected = whole(model, ids(), attention_mask="causal")
-    assert_close(stepwise(model, ids())[0], expected, atol=1e-5, rtol=1e-5)
-    single = stepwise(model, ids(), [4, 1, 1, 1, 1, 1], mask="causal")[0]
-    assert_close(single, expected, atol=1e-5, rtol=1e-5)
+    assert_close(STEPWISE[kind](model, ids(), chunks)[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_log_attention_weights_count_the_past_around_a_cache():
+    model = tune(cached(FAMILIES["gpt2"].build().eval()), "prefix")
+    model.get_mixin("prefix").scale = 0.5
+    weights, kw = torch.randn(1, 1, 9, 9), {"attention_mask": "causal"}
+    expected = whole(model, ids(), log_attention_weights=weights, **kw)
+    with torch.no_grad():
+        _, *layers = model(ids()[:, :5], log_attention_weights=weights[..., :5, :5], **kw)
+        mems = torch.stack([layer["mem_kv"] for layer in layers])
+        logits = model(ids()[:, 5:], log_attention_weights=weights[..., 5:, :], mems=mems, **kw)[0]
+    assert_close(logits, expected[:, 5:], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gptneo", "mistral", "mixtral", "chatglm4", "glm130b", "base-sandwich"])
-@pytest.mark.parametrize("with_prefix", [False, True])
-def test_ragged_rows(name, with_prefix):
+@pytest.mark.parametrize("tuning", ["none", "prefix"])
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_ragged_rows(name, kind, tuning, place):
     """Rows padded on the left, each with positions of its own, are as each row alone."""
-    family = (FAMILIES | ORDERS)[name]
-    model, input_ids = family.build().eval(), ids()
-    if with_prefix:
-        model.add_mixin("prefix", Prefix(model.config))
+    model, input_ids = tune((FAMILIES | ORDERS)[name].build().eval(), tuning), ids()
     padding = torch.tensor([0, 3])
     alone = [
         whole(model, row[None, pad:], attention_mask="causal")[0] for row, pad in zip(input_ids, padding, strict=True)
@@ -145,43 +199,49 @@ def test_ragged_rows(name, with_prefix):
     positions = (places - padding[:, None]).clamp(min=0)
     mask = torch.ones(9, 9).tril() * (places >= padding[:, None])[:, None, None]
     mask = 1 - mask if name == "glm130b" else mask
-    logits = stepwise(cached(model), input_ids, positions=positions, mask=mask)[0]
-    for row, pad, expected in zip(logits, padding, alone, strict=True):
-        assert_close(row[pad:], expected, atol=1e-5, rtol=1e-5)
+    cached(model, kind, place)
+    results = [STEPWISE[kind](model, input_ids, positions=positions, mask=mask)[0]]
+    if kind == "in place":  # the cache itself knows of padding
+        results.append(in_place(model, input_ids, positions=positions, padding=padding)[0])
+    for logits in results:
+        for row, pad, expected in zip(logits, padding, alone, strict=True):
+            assert_close(row[pad:], expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["glm-blank", "chatglm"])
-def test_two_rows_of_positions(name):
+@pytest.mark.parametrize("tuning", ["none", "prefix"])
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_two_rows_of_positions(name, kind, tuning, place):
     family = FAMILIES[name]
-    model, input_ids = family.build().eval(), family.inputs(0)["input_ids"]
+    model, input_ids = tune(family.build().eval(), tuning), family.inputs(0)["input_ids"]
     expected = whole(model, input_ids)
     options = {"start_id": 2, "mask_ids": (1,), "pad_id": 3 if name == "chatglm" else None}
     positions, mask = blank_filling(input_ids, **options)
     context = 7  # of the longer row; it sees itself, so it is fed at once
-    cached(model)
-    logits = stepwise(model, input_ids, [context, 1, 1], positions, mask.float())[0]
+    cached(model, kind, place)
+    logits = STEPWISE[kind](model, input_ids, [context, 1, 1], positions, mask.float())[0]
     is_token = torch.ones_like(input_ids) if name == "glm-blank" else (input_ids != 3).cumsum(-1) > 0
     assert_close(logits[is_token.bool()], expected[is_token.bool()], atol=1e-5, rtol=1e-5)
-    mems = stepwise(model, input_ids, [context], positions, mask.float())[1]
-    with pytest.raises(InputError, match="mems hold 7 tokens, so positions and mask cannot be read"):
-        model(input_ids[:, context:], mems=mems)
+    memory = STEPWISE[kind](model, input_ids, [context], positions, mask.float())[1]
+    with pytest.raises(InputError, match="The cache holds 7 tokens, so positions and mask cannot be read"):
+        model(input_ids[:, context:], **{"mems" if kind == "mems" else "cache": memory})
 
 
 @pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("tuning", ["none", "prefix", "stack"])
 @pytest.mark.parametrize("place", ["first", "last"])
-def test_a_decoder_keeps_what_it_reads(name, place):
-    family = FAMILIES[name]
-    model = family.build().eval()
-    model.decoder.add_mixin("prefix", Prefix(model.decoder.config))
+def test_a_decoder_keeps_what_it_reads(name, kind, tuning, place):
+    model = FAMILIES[name].build().eval()
+    tune(model.decoder, tuning)
     enc_mask = torch.ones(2, 9)
     enc_mask[1, 6:] = 0
     source, target = ids(), ids(length=7, seed=1)
     with torch.no_grad():
         expected = model(source, dec_input_ids=target, enc_attention_mask=enc_mask)[1]
         encoder_outputs = model.encode(source, attention_mask=enc_mask)
-    decoder = cached(model.decoder, place)
+    decoder = cached(model.decoder, kind, place)
     reads = {"encoder_outputs": encoder_outputs, "cross_attention_mask": enc_mask[:, None, None]}
-    logits = stepwise(decoder, target, [3, 1, 2, 1], **reads)[0]
+    logits = STEPWISE[kind](decoder, target, [3, 1, 2, 1], **reads)[0]
     assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 

@@ -225,8 +225,9 @@ def test_a_stream_shows_every_token(length):
 
 def test_two_streams_over_one_model_do_not_meet():
     model, others = build("llama"), [31, 9, 48, -1, -1, -1, -1]
+    before = model.hook_origins
     expected = [filling_sequence(model, slots(values), 1, GREEDY)[0] for values in (GIVEN, others)]
-    before, streams = model.hook_origins, [stream_filling_sequence(model, slots(v), 1, GREEDY) for v in (GIVEN, others)]
+    streams = [stream_filling_sequence(model, slots(v), 1, GREEDY) for v in (GIVEN, others)]
     last = [None, None]
     for _ in range(5):
         for i, one in enumerate(streams):
@@ -261,8 +262,10 @@ def test_the_model_is_left_as_it_was():
     for _ in stream_filling_sequence(model, slots(), 1, GREEDY):
         assert [module.training for module in model.modules()] == modes
     model.add_mixin("fails", Fails())
+    failing = model.hook_origins
     with pytest.raises(RuntimeError, match="no more"):
         filling_sequence(model, slots(), 1, GREEDY)
+    assert model.hook_origins == failing
     model.del_mixin("fails")
     assert [module.training for module in model.modules()] == modes
     assert model.hook_origins == before and list(model.state_dict()) == keys

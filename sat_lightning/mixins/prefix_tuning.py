@@ -18,6 +18,7 @@ from sat_lightning.errors import ConfigError
 from sat_lightning.hooks import non_conflict, passes_mask
 from sat_lightning.mixins.tuning import TuningMixin
 from sat_lightning.nn.linear import Embedding, Linear, normal_init
+from sat_lightning.nn.masks import waiting_keys
 
 
 class PrefixTuningMixin(TuningMixin):
@@ -95,7 +96,7 @@ class PrefixTuningMixin(TuningMixin):
         if given is None and self.scale == 1.0:
             return kw
         given = key.new_zeros(1, 1, 1, 1) if given is None else given
-        whole = given.expand(*given.shape[:-1], key.shape[2])
+        whole = given.expand(*given.shape[:-1], waiting_keys(kw) + key.shape[2]) if given.shape[-1] == 1 else given
         return {
             **kw,
             "log_attention_weights": nn.functional.pad(whole, (0, self.prefix_len), value=math.log(self.scale)),
@@ -141,7 +142,8 @@ def extend_mask(mask: Tensor, kw: dict[str, Any], key_length: int, appended: int
     kw = {**kw, "appended_keys": kw.get("appended_keys", 0) + appended}
     if mask is kw.get("full_mask") or (mask is kw.get("causal_mask") and not kw["hooks"].reads_mask):
         return mask, kw  # one element, that stands for all
-    whole = mask.expand(*mask.shape[:-1], key_length)
+    # A mask that is wider already knows of keys that a cache is to put in front.
+    whole = mask.expand(*mask.shape[:-1], key_length) if mask.shape[-1] == 1 else mask
     extended = torch.cat([whole, whole.new_ones(*whole.shape[:-1], appended)], dim=-1)
     if mask is kw.get("causal_mask"):
         kw["causal_mask"] = extended

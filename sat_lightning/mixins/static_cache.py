@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sat_lightning.errors import InputError
 from sat_lightning.hooks import non_conflict, passes_mask
 from sat_lightning.model import BaseMixin
-from sat_lightning.nn.masks import lower_right_causal
+from sat_lightning.nn.masks import lower_right_causal, reach_back
 
 Heads = tuple[Tensor, Tensor]
 
@@ -115,7 +115,7 @@ class StaticCacheMixin(BaseMixin):
         *,
         old_impl: Callable[..., Tensor],
         cache: KeyValueCache | None = None,
-        mask_of_cache: tuple[Tensor, bool] | None = None,
+        mask_of_cache: tuple[Tensor, Tensor, bool] | None = None,
         **kw: Any,
     ) -> Tensor:
         """Store the new keys and values, and attend to all."""
@@ -124,14 +124,18 @@ class StaticCacheMixin(BaseMixin):
         if kw.get("cross_attention"):
             if kw["layer_id"] not in cache.cross:
                 cache.cross[kw["layer_id"]] = kw["mem_cross"]
-            return old_impl(query, key, value, mask, dropout_fn, cache=cache, **kw)
+            return old_impl(query, key, value, mask, dropout_fn, **kw)
+        num_new = key.shape[2]
         key, value = _exchange(cache, key, value, kw)
-        if cache.is_token is not None or not _fits(mask, key, kw):
-            found = _widen(mask, cache.is_token, query, key, kw) if mask_of_cache is None else mask_of_cache
-            kw["output_cross_layer"]["mask_of_cache"] = found  # every layer has the same
-            mask, is_binary = found
+        if cache.is_token is None:
+            mask, kw = reach_back(mask, cache.length, num_new, kw)
+        else:
+            if mask_of_cache is None or mask_of_cache[0] is not mask:  # most layers have the same
+                mask_of_cache = (mask, *_widen(mask, cache.is_token, query, key, kw))
+            kw["output_cross_layer"]["mask_of_cache"] = mask_of_cache
+            _, mask, is_binary = mask_of_cache
             kw["binary_masks"] = (*kw.get("binary_masks", ()), mask) if is_binary else kw.get("binary_masks", ())
-        context = old_impl(query.to(key.dtype), key, value, mask, dropout_fn, cache=cache, **kw)
+        context = old_impl(query.to(key.dtype), key, value, mask, dropout_fn, **kw)
         return context.to(query.dtype)
 
 
@@ -139,11 +143,6 @@ def _quantise(x: Tensor) -> Heads:
     """Return whole numbers from -127 to 127, and the scale of each token and head, `[b, k, s, 1]`."""
     scale = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-8) / 127
     return (x / scale).round().to(torch.int8), scale
-
-
-def _fits(mask: Tensor, key: Tensor, kw: dict[str, Any]) -> bool:
-    is_known = mask is kw.get("causal_mask") or mask is kw.get("full_mask")
-    return is_known or mask.shape[-1] in (1, key.shape[2])
 
 
 def _exchange(cache: KeyValueCache, key: Tensor, value: Tensor, kw: dict[str, Any]) -> Heads:
@@ -158,9 +157,7 @@ def _exchange(cache: KeyValueCache, key: Tensor, value: Tensor, kw: dict[str, An
     return joined[0], joined[1]
 
 
-def _widen(
-    mask: Tensor, is_token: Tensor | None, query: Tensor, key: Tensor, kw: dict[str, Any]
-) -> tuple[Tensor, bool]:
+def _widen(mask: Tensor, is_token: Tensor, query: Tensor, key: Tensor, kw: dict[str, Any]) -> tuple[Tensor, bool]:
     """Return the mask over all keys, without padding, and whether it is known to hold only 0 and 1."""
     s, t, appended = query.shape[2], key.shape[2], kw.get("appended_keys", 0)
     length = t - appended
@@ -173,7 +170,5 @@ def _widen(
         is_binary = any(mask is known for known in kw.get("binary_masks", ()))
         if mask.shape[-1] not in (1, t):
             mask = nn.functional.pad(mask, (t - mask.shape[-1], 0), value=1.0)
-    if is_token is None:
-        return mask, is_binary
     shown = nn.functional.pad(is_token[..., :length], (0, appended), value=True)
     return mask * shown.to(query.dtype), is_binary

@@ -28,7 +28,7 @@ def require_whole_text(kw: dict[str, Any]) -> None:
     """
     if length := waiting_keys(kw):
         raise InputError(
-            f"mems hold {length} tokens, so positions and mask cannot be read from the new ids alone: pass "
+            f"The cache holds {length} tokens, so positions and mask cannot be read from the new ids alone: pass "
             "position_ids [batch, 2, length] and attention_mask. blank_filling(all the ids, ...) gives both; take the "
             "new rows."
         )

@@ -114,8 +114,8 @@ def lower_right_causal(query_length: int, key_length: int, device: torch.device)
 
 def waiting_keys(kw: dict[str, Any]) -> int:
     """Return how many keys of earlier tokens a cache inside this hook's `old_impl` will put before those at hand."""
-    mems = kw.get("mems")
-    return 0 if mems is None else int(mems.shape[2])
+    mems, cache = kw.get("mems"), kw.get("cache")
+    return (0 if mems is None else int(mems.shape[2])) + (0 if cache is None else int(cache.length))
 
 
 def reach_back(mask: Tensor, num_past: int, num_new: int, kw: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
