@@ -11,6 +11,7 @@ from sat_lightning.mixins import (
     CachedAutoregressiveMixin,
     KeyValueCache,
     LocalAttentionMixin,
+    LoraMixin,
     PrefixTuningMixin,
     RelativeBiasMixin,
     StaticCacheMixin,
@@ -47,14 +48,6 @@ class Prefix(BaseMixin):
                 mask = torch.cat([mask, mask.new_ones(*mask.shape[:-1], self.length)], dim=-1)
             kw["appended_keys"] = kw.get("appended_keys", 0) + self.length
         return old_impl(query, key, value, mask, dropout_fn, cross_attention=cross_attention, **kw)
-
-
-class Scale(BaseMixin):
-    """Stands for LoRA: the linears answer otherwise."""
-
-    @non_conflict
-    def linear_forward(self, x, *, name, old_impl, **kw):
-        return old_impl(x, name=name, **kw) * (1.3 if name == "query_key_value" else 1.0)
 
 
 def whole(model, *args, **kw):
@@ -125,7 +118,9 @@ def tune(model, tuning):
         for parameter in model.get_mixin("prefix").parameters():
             nn.init.normal_(parameter)
     if tuning == "stack":
-        model.add_mixin("scale", Scale())
+        model.add_mixin("lora", LoraMixin(model.config, rank=2))
+        for parameter in model.get_mixin("lora").parameters():
+            nn.init.normal_(parameter, std=0.1)
         model.add_mixin("prefix", Prefix(model.config))
         model.add_mixin("second", PrefixTuningMixin(model.config, prefix_len=2))
     return model
