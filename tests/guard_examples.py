@@ -111,6 +111,11 @@ def state_of(trainer: L.Trainer) -> dict[str, Any]:
     state["lr"] = optimizer.param_groups[0]["lr"]
     state["schedule"] = [config.scheduler.last_epoch for config in trainer.lr_scheduler_configs]
     state["scaler"] = trainer.precision_plugin.state_dict()
+    owner = getattr(engine, "optimizer", None)
+    scaler = getattr(owner, "loss_scaler", None) or getattr(owner, "loss_scale_config", None)
+    values = vars(scaler).items() if scaler else ()
+    state["scaler of DeepSpeed"] = {name: value for name, value in values if isinstance(value, int | float)}
+    state["loss_scale"] = state["scaler"].get("scale") or state["scaler of DeepSpeed"].get("cur_scale")
     state["global_step"] = trainer.global_step
     state["logged_step"] = trainer.fit_loop.epoch_loop._batches_that_stepped
     progress = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer

@@ -34,6 +34,13 @@ QUICK = [
     *(make_case(strategy, "gradient-x3", "32-true", "ours") for strategy in STRATEGIES[::2]),
     *(make_case(strategy, "gradient-x1", "32-true", "stranger") for strategy in STRATEGIES[1::2]),
 ]
+#: fp16 with a loss scale that adapts.
+HALF = [
+    *(make_case(strategy, "loss-x3", "16-mixed", "ours") for strategy in ("ddp", *STRATEGIES[2:])),
+    make_case("ddp", "loss-x1", "16-mixed", "stranger"),
+]
+#: A gradient that is not finite is what the scale is adapted by: the scaler makes no step, SkipNonFinite says nothing.
+OVERFLOWS = [make_case(strategy, "gradient-x1", "16-mixed", "ours") for strategy in ("ddp", *STRATEGIES[2:])]
 ENDS = [
     {"name": f"end-{strategy}-{what}", "strategy": strategy, "what": what}
     for strategy, what in (("ddp", "loss"), ("ddp", "gradient"), ("zero_3", "loss"), ("zero_2", "gradient"))
@@ -41,8 +48,9 @@ ENDS = [
 #: The stranger has a BatchNorm, which torch does not compute on CPUs where weights are bf16 and statistics are not.
 MATRIX = [
     make_case(*values)
-    for values in product(STRATEGIES, SCENES, ("32-true", "bf16-mixed"), ("stranger", "ours"))
+    for values in product(STRATEGIES, SCENES, ("32-true", "bf16-mixed", "16-mixed"), ("stranger", "ours"))
     if values[2] == "32-true" or values[3] == "ours"
+    if values[2] != "16-mixed" or values[1].startswith("loss")
 ]
 
 
@@ -66,13 +74,33 @@ def check(case: dict[str, Any], results: list[dict[str, Any]]) -> None:
 
 @pytest.fixture(scope="module")
 def quick_results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_in_two_processes(tmp_path_factory.mktemp("quick"), [*QUICK, *ENDS])
+    return run_in_two_processes(tmp_path_factory.mktemp("quick"), [*QUICK, *HALF, *OVERFLOWS, *ENDS])
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("case", QUICK, ids=lambda case: case["name"])
+@pytest.mark.parametrize("case", [*QUICK, *HALF], ids=lambda case: case["name"])
 def test_bad_on_one_rank(quick_results: list[dict[str, Any]], case: dict[str, Any]) -> None:
     check(case, quick_results)
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("case", HALF, ids=lambda case: case["name"])
+def test_loss_scale_does_not_see_what_is_left_out(quick_results: list[dict[str, Any]], case: dict[str, Any]) -> None:
+    for result in quick_results:
+        one, other = result[case["name"]]["scales"]
+        assert one == other and one >= 256
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("case", OVERFLOWS, ids=lambda case: case["name"])
+def test_overflows_are_left_to_the_scaler(quick_results: list[dict[str, Any]], case: dict[str, Any]) -> None:
+    """On all ranks together, and the weights stay finite; a scale of 256 is halved by the one overflow."""
+    for result in quick_results:
+        found = result[case["name"]]
+        assert "error" not in found, found["error"]
+        assert found["counts"] == [0, 0] and found["is_finite"]
+        assert found["scales"][0] == 128.0 and found["scales"][1] >= 256.0
+        assert found["steps"] == [4, 3]
 
 
 @pytest.mark.timeout(1200)

@@ -17,10 +17,11 @@ from lightning.pytorch.strategies import StrategyRegistry
 import sat_lightning.training
 from sat_lightning.errors import ConfigError
 from sat_lightning.training import SATDeepSpeedStrategy, ZeroOptions
+from sat_lightning.training.deepspeed import load_deepspeed
 from sat_lightning.training.strategies import STRATEGIES
 from sat_lightning.training.zero_shards import ShardFiles
 from tests.training_examples import counting_loader, make_task, make_trainer
-from tests.zero_cases import Case, run_case
+from tests.zero_cases import NUM_STEPS, Case, run_case
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -161,6 +162,29 @@ def test_precisions_that_are_none_are_refused() -> None:
             fit(strategy, precision=precision)
     with pytest.raises(ConfigError, match="gradient_clip_algorithm is 'value', and ZeRO clips by norm only"):
         fit("zero_1", gradient_clip_val=0.5, gradient_clip_algorithm="value")
+
+
+@pytest.mark.parametrize("strategy", ["zero_0", "zero_2"])
+def test_fp16_trains_and_is_resumed_with_its_loss_scale(
+    strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed takes it on few CPUs; torch computes in it on all, so that the loss scale can be tried anywhere."""
+    device = load_deepspeed("cpu").accelerator.get_accelerator()
+    monkeypatch.setattr(device, "is_fp16_supported", lambda: False)
+    with pytest.raises(ConfigError, match="DeepSpeed has no fp16 .* here. Use bf16-mixed"):
+        fit(strategy, precision="16-mixed")
+    monkeypatch.setattr(device, "is_fp16_supported", lambda: True)
+    case = Case(strategy, "16-mixed", 3)
+    found = run_case(case, 1, 0, folder=str(tmp_path / "unbroken"))
+    assert found["losses"] == pytest.approx(run_case(case.alone(), 1, 0)["losses"], rel=2e-2)
+    saved = tmp_path / "unbroken" / "middle.ckpt"
+    resumed = run_case(case, 1, 0, folder=str(tmp_path / "resumed"), resume=str(saved))
+    assert resumed["losses"] == found["losses"][-len(resumed["losses"]) :]
+    facts, again = (
+        json.loads((tmp_path / run / "end.ckpt" / "engine.json").read_text()) for run in ("unbroken", "resumed")
+    )
+    assert facts["loss_scaler"] == again["loss_scaler"] and facts["counters"] == again["counters"]
+    assert facts["loss_scaler"]["cur_scale"] == 2.0**16 and facts["loss_scaler"]["cur_iter"] == NUM_STEPS
 
 
 @pytest.mark.parametrize("strategy", ["zero_2_offload", "zero_3_offload"])

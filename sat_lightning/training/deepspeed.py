@@ -15,7 +15,6 @@ import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor, nn
@@ -138,7 +137,7 @@ class SATDeepSpeedStrategy(DeepSpeedStrategy):
         Raises:
             ConfigError: see the class.
         """
-        if trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
+        if trainer.gradient_clip_algorithm == "value":
             raise ConfigError(
                 "strategy: trainer.gradient_clip_algorithm is 'value', and ZeRO clips by norm only. Set it to 'norm'."
             )
@@ -225,8 +224,7 @@ class SATDeepSpeedStrategy(DeepSpeedStrategy):
         self.config = engine_config(self.given_config, self._zero_section(), self.options, gather_facts(self))
         if optimizer is None and "optimizer" not in self.config:
             raise ConfigError(f"strategy: neither {type(module).__name__} nor the DeepSpeed config has an optimizer.")
-        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        inner = None if schedule is None else schedule.scheduler
+        trained, inner = [p for p in module.parameters() if p.requires_grad], schedule and schedule.scheduler
         engine, engine_optimizer = self._initialize(module, optimizer, inner, trained, self.config)[:2]
         self.model, self.optimizers = engine, [engine_optimizer]
         engine_schedule, engine.lr_scheduler = engine.lr_scheduler, None  # the Trainer steps it
@@ -253,6 +251,8 @@ class SATDeepSpeedStrategy(DeepSpeedStrategy):
         config: dict[str, Any],
     ) -> Any:  # noqa: ANN401
         deepspeed, device = load_deepspeed(self.root_device.type), self.root_device
+        if config["fp16"]["enabled"] and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
+            raise ConfigError("strategy: DeepSpeed has no fp16 (trainer.precision 16-mixed) here. Use bf16-mixed.")
         return deepspeed.initialize(
             args=argparse.Namespace(device_rank=self.local_rank if device.index is None else device.index),
             config=config,

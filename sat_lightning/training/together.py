@@ -72,9 +72,10 @@ def _save_and_tell(
         save(checkpoint, filepath, storage_options=storage_options)
     except Exception as error:  # noqa: BLE001 - whatever it is, the others must hear of it
         failure = error
+    words = None if failure is None else str(failure) or type(failure).__name__
     failures: list[str | None] = [None] * strategy.world_size
-    torch.distributed.all_gather_object(failures, None if failure is None else f"{type(failure).__name__}: {failure}")
+    torch.distributed.all_gather_object(failures, words)
     if failure is not None:
         raise failure
-    if found := [f"rank {rank}: {failure}" for rank, failure in enumerate(failures) if failure]:
-        raise CheckpointError(f"The checkpoint {filepath} was not saved. {'; '.join(found)}")
+    if found := [f"Rank {rank} has not saved the checkpoint: {words}" for rank, words in enumerate(failures) if words]:
+        raise CheckpointError("; ".join(found))

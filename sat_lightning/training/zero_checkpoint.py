@@ -77,10 +77,15 @@ def save_zero_checkpoint(
             facts = read_facts(engine) | {"groups_of": strategy.names_by_group, "aliases": _aliases(module)}
             (partial / ENGINE_NAME).write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
-    together.do(write, f"{target} could not be written")
-    if consolidates:
-        save_consolidated(module, partial, strategy)
-    together.do(lambda: commit(partial, target), f"{target} could not be written", on_rank=0)
+    try:
+        together.do(write, f"{target} could not be written")
+        if consolidates:
+            save_consolidated(module, partial, strategy)
+        together.do(lambda: commit(partial, target), f"{target} could not be written", on_rank=0)
+    except CheckpointError:
+        if strategy.is_global_zero:
+            shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
+        raise
 
 
 def load_zero_checkpoint(

@@ -25,6 +25,7 @@ from sat_lightning.training.position import (
 )
 from sat_lightning.training.reset import check_reset, reset_parts, restart_schedules
 from sat_lightning.training.rng import capture_rng, derive_rng, restore_rng
+from sat_lightning.training.together import save_together
 
 KEY = "exact_resume"
 Snapshot = dict[str, Any]
@@ -36,7 +37,8 @@ class ExactResume(L.Callback):
     That is, of every rank: the states of the random number generators (Python, numpy, torch, CUDA), and what a module,
     a data module or a callback with `rank_state_dict()` and `load_rank_state_dict(states)` keeps for itself; and of the
     run: where in the loops it was, the metrics that were not logged yet, and those that callbacks look at. Checkpoints
-    are written whole or not at all (`AtomicCheckpointIO`), unless the trainer has a plugin of its own for that.
+    are written whole or not at all (`AtomicCheckpointIO`), unless the trainer has a plugin of its own for that; where
+    that fails on one rank, all ranks are told.
 
     A validation leaves no trace in the random numbers of training. A window of accumulated batches that had begun is
     begun anew, random numbers and all, where the data module does the same (ours does). On another number of ranks the
@@ -67,6 +69,7 @@ class ExactResume(L.Callback):
         trainer.callbacks = [c for c in trainer.callbacks if c is not self] + [self]  # type: ignore[attr-defined]
         if type(trainer.strategy._checkpoint_io) in (type(None), TorchCheckpointIO):
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        save_together(trainer.strategy)
         self._window_start = self._before_validation = self._restored = self._position = None
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -78,8 +81,7 @@ class ExactResume(L.Callback):
         elif trainer.validating:
             snapshot = self._before_validation
         unlogged = _find_unlogged(trainer, position)
-        for logger in trainer.loggers:
-            logger.save()
+        _flush(trainer)
         metrics: dict[str, Any] = trainer._logger_connector.callback_metrics
         checkpoint[KEY] = {
             "saved_at": time.time(),
@@ -198,6 +200,15 @@ def _gather(trainer: L.Trainer, snapshot: Snapshot) -> list[Snapshot]:
     ranks: list[Any] = [None] * trainer.world_size
     torch.distributed.all_gather_object(ranks, snapshot)
     return ranks
+
+
+def _flush(trainer: L.Trainer) -> None:
+    """Have what was logged written; on a full disk the checkpoint is what tells, on all ranks together."""
+    for logger in trainer.loggers:
+        try:
+            logger.save()
+        except OSError as error:
+            rank_zero_warn(f"What was logged could not be written: {error}.")
 
 
 def _to_cpu(value: Any) -> Any:  # noqa: ANN401
