@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sat_lightning.generation.sampling import draw_token, sample_continuation, sample_token
     from sat_lightning.generation.scoring import TextScore, score
     from sat_lightning.generation.slots import get_masks_and_position_ids_default, get_masks_and_position_ids_glm
+    from sat_lightning.generation.speculative import SpeculationCounts, generate_speculatively
     from sat_lightning.generation.state import DecodingState, Hypothesis
     from sat_lightning.generation.strategies import BaseStrategy, greedy
 
@@ -34,6 +35,8 @@ __all__ = [
     "Grammar",
     "Hypothesis",
     "IterativeEntfilterStrategy",
+    "SpeculationCounts",
+    "generate_speculatively",
     "PerplexityMetric",
     "PlainBeamScoring",
     "SatBeamScoring",
@@ -73,6 +76,7 @@ _LAZY = {
     "sampling": "draw_token sample_continuation sample_token",
     "scoring": "TextScore score",
     "slots": "get_masks_and_position_ids_default get_masks_and_position_ids_glm",
+    "speculative": "SpeculationCounts generate_speculatively",
     "state": "DecodingState Hypothesis",
     "strategies": "BaseStrategy greedy",
 }

@@ -74,6 +74,18 @@ class LogitsRules(SatSettings):
             check_range(name, getattr(self, name), -math.inf)
         check_range("temperature", self.temperature, 0.0)
 
+    @property
+    def looks_back(self) -> bool:
+        """Whether what is punished or banned depends on the tokens written so far."""
+        penalties = (self.repetition_penalty, self.signed_repetition_penalty) != (1, 1)
+        counts = self.frequency_penalty or self.presence_penalty or self.no_repeat_ngram_size
+        return bool(penalties or counts or self.bad_words or self.processors or self.least_length)
+
+    @property
+    def least_length(self) -> int:
+        """The larger of `min_new_tokens` and `min_tgt_length`; 0 is none."""
+        return max(self.min_new_tokens, self.min_tgt_length)
+
     def process(self, logits: Tensor, state: DecodingState) -> Tensor:
         """Apply penalties, processors, temperature and bans to float logits `[b, v]`."""
         logits = self.punish(logits, state)

@@ -23,12 +23,12 @@ from sat_lightning.nn.linear import Embedding
 
 
 class LastTokenMixin(BaseMixin):
-    """Score only the last token: the head is the largest linear, and of a prompt one row of its result is read."""
+    """Score only the last tokens: the head is the largest linear, and of a prompt one row of its result is read."""
 
     @non_conflict
-    def final_forward(self, logits: Tensor, *, old_impl: Callable[..., Any], **kw: Any) -> Any:  # noqa: ANN401
-        """Cut `[b, s, c]` to `[b, 1, c]` first."""
-        return old_impl(logits[:, -1:], **kw)
+    def final_forward(self, logits: Tensor, *, old_impl: Callable[..., Any], num_logits: int = 1, **kw: Any) -> Any:  # noqa: ANN401
+        """Cut `[b, s, c]` to `[b, num_logits, c]` first."""
+        return old_impl(logits[:, -num_logits:], **kw)
 
 
 @dataclass
@@ -39,6 +39,7 @@ class CallOptions:
     prefill_chunk: int | None = None
     visibility: Visibility = None
     compiled: bool = False
+    num_spare: int = 0  # slots of the cache for tokens that are read and may be forgotten
     model_kw: dict[str, Any] = field(default_factory=dict)
     prompt_kw: dict[str, Any] = field(default_factory=dict)
 
@@ -125,7 +126,7 @@ class Runner:
         self.layout = lay_out(self.writer, self.rows, capacity, visibility)
         lengths = torch.tensor([len(row) for row in self.rows])
         padding = None if min(map(len, self.rows)) == self.num_prompt else (self.num_prompt - lengths).to(self.device)
-        self.cache = KeyValueCache(capacity, dtype=options.cache_dtype, padding=padding)
+        self.cache = KeyValueCache(capacity + options.num_spare, dtype=options.cache_dtype, padding=padding)
         self.cross: dict[str, Any] = {}
         self.positions = self.layout.position_ids
 

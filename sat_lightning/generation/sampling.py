@@ -42,12 +42,17 @@ def draw_token(logits: Tensor, uniforms: Tensor) -> Tensor:
     Returns:
         Ids `[b]`: the same for the same row and number, whatever rows are beside it.
     """
-    wide = torch.float32 if logits.device.type == "mps" else torch.float64
-    cumulative = logits.float().softmax(-1).to(wide).cumsum(-1)
+    return draw_from(logits.float().softmax(-1), uniforms)
+
+
+def draw_from(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw as `draw_token` does, from weights `[b, v]` that need not add up to 1."""
+    wide = torch.float32 if weights.device.type == "mps" else torch.float64
+    cumulative = weights.to(wide).cumsum(-1)
     total = cumulative[:, -1:]
     # The largest number below the total: rounding must not lead behind the last possible token.
     places = torch.minimum(uniforms[:, None].to(wide) * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, places, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    return torch.searchsorted(cumulative, places, right=True)[:, 0].clamp(max=weights.shape[-1] - 1)
 
 
 @torch.no_grad()

@@ -123,9 +123,12 @@ class DecodingState:
             return
         if self.seed is None:
             self.seed = int(torch.randint(2**62, (), device="cpu").item())
-        num_steps = self.capacity - self.prompt_length
-        rows = [np.random.default_rng((self.seed, row)).random(num_steps) for row in self.row_ids]
-        self.uniforms = torch.from_numpy(np.stack(rows)).to(self.tokens.device)
+        self.uniforms = self.more_uniforms(self.capacity - self.prompt_length)
+
+    def more_uniforms(self, num_steps: int, *, stream: int = 0) -> Tensor:
+        """Make numbers `[b, num_steps]` that depend on the seed, the row id and `stream`; 0 is that of `uniforms`."""
+        rows = [np.random.default_rng((self.seed or 0, row, stream)).random(num_steps) for row in self.row_ids]
+        return torch.from_numpy(np.stack(rows)).to(self.tokens.device)
 
     def repeat_rows(self, num_copies: int) -> Tensor:
         """Put `num_copies` of each row where the row was; returns from which row each comes, `[b * num_copies]`."""

@@ -74,6 +74,23 @@ class KeyValueCache:
         """Forget all tokens but the first `length`."""
         self.length = min(self.length, length)
 
+    def align(self, ends: Tensor, counts: Tensor, length: int) -> None:
+        """Let each row keep tokens up to a slot of its own, and put them one beneath the other again.
+
+        Args:
+            ends: `[b]`, the slot behind the newest token that row i keeps.
+            counts: `[b]`, how many tokens it then has; the slots before them are hidden.
+            length: slots held afterwards, the newest token of each row in the last.
+        """
+        places = torch.arange(self.capacity, device=ends.device)
+        source = (ends[:, None] - length + places[:length]).clamp(min=0)[:, None, :, None]
+        for buffers in self.layers.values():
+            for buffer in buffers:
+                index = source.expand(-1, buffer.shape[1], -1, buffer.shape[3])
+                buffer[:, :, :length].copy_(buffer.gather(2, index))
+        self.is_token = (places >= (length - counts)[:, None])[:, None, None]
+        self.length = length
+
     def reorder(self, rows: Tensor) -> None:
         """Let row i go on from what row `rows[i]` holds, `[b]`; the number of rows may change."""
         for layer_id, buffers in self.layers.items():
