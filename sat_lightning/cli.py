@@ -18,6 +18,7 @@ _TRAINER = "sat_lightning.training.trainer_cli:run_trainer"
 
 #: What each verb does, and the function that does it, as module:name; it receives the verb and the words after it.
 VERBS: dict[str, tuple[str, str]] = {
+    "chat": ("talk with a trained model", "sat_lightning.training.commands.chat:run_chat"),
     "convert": ("write a checkpoint in another format: native, SAT's or Hugging Face's", _CONVERT),
     "fit": ("train a model, from the beginning or from a checkpoint", _TRAINER),
     "generate": ("continue prompts with a trained model", "sat_lightning.training.commands.generate:run_generate"),

@@ -196,10 +196,10 @@ def _find_tokenizer(name: str | None, weights: Path, run: Path | None) -> Tokeni
 
 def _find_ends(tokenizer: Tokenizer, weights: Path) -> list[int]:
     ends = [int(tokenizer.end_of_document_id)]
-    file = weights / "generation_config.json"
-    if file.is_file():
-        named = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        ends += named if isinstance(named, list) else [] if named is None else [named]
+    for file in (weights / "generation_config.json", weights / "config.json"):
+        if file.is_file():
+            named = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+            ends += named if isinstance(named, list) else [] if named is None else [named]
     return sorted({int(token) for token in ends})
 
 
