@@ -127,7 +127,7 @@ def tune(model, tuning):
 
 
 @pytest.mark.parametrize("name", [*CAUSAL, *ORDERS])
-@pytest.mark.parametrize("tuning", ["none", "prefix", "stack"])
+@pytest.mark.parametrize("tuning", ["none", "stack"])
 def test_cached_equals_uncached(name, kind, tuning):
     model, input_ids = tune((FAMILIES | ORDERS)[name].build().eval(), tuning), ids()
     expected = whole(model, input_ids, attention_mask="causal")
@@ -140,14 +140,13 @@ def test_cached_equals_uncached(name, kind, tuning):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gptneo", "mistral", "mixtral", "chatglm2", "glm130b", "base-post"])
-@pytest.mark.parametrize("tuning", ["none", "prefix", "stack"])
+@pytest.mark.parametrize("tuning", ["prefix", "stack"])
 def test_a_cache_within_the_other_mixins(name, kind, tuning):
     """It keeps what tokens brought, never a prefix; windows around it count the keys that it will put in front."""
     model, input_ids = tune((FAMILIES | ORDERS)[name].build().eval(), tuning), ids()
     expected = whole(model, input_ids, attention_mask="causal")
     cached(model, kind, "first")
-    if tuning != "none":
-        assert not model.hook_origins["attention_fn"].startswith("cache")
+    assert not model.hook_origins["attention_fn"].startswith("cache")
     for mask in ("causal", torch.ones(9, 9).tril()):
         mask = 1 - mask if name == "glm130b" and isinstance(mask, torch.Tensor) else mask
         assert_close(STEPWISE[kind](model, input_ids, mask=mask)[0], expected, atol=1e-5, rtol=1e-5)
@@ -223,7 +222,7 @@ def test_two_rows_of_positions(name, kind, tuning, place):
 
 
 @pytest.mark.parametrize("name", PAIRS)
-@pytest.mark.parametrize("tuning", ["none", "prefix", "stack"])
+@pytest.mark.parametrize("tuning", ["none", "stack"])
 @pytest.mark.parametrize("place", ["first", "last"])
 def test_a_decoder_keeps_what_it_reads(name, kind, tuning, place):
     model = FAMILIES[name].build().eval()
@@ -341,7 +340,7 @@ def test_mems_that_do_not_fit(shape):
 
 
 def test_compiles_whole():
-    model = cached(FAMILIES["mistral"].build().eval())
+    model = cached(FAMILIES["mistral"].build(num_layers=1).eval())
     expected, mems = stepwise(model, ids(), [4])
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert_close(stepwise(compiled, ids(), [4])[0], expected)

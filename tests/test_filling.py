@@ -11,7 +11,9 @@ from sat_lightning import BaseMixin, non_conflict
 from sat_lightning.errors import ConfigError, InputError
 from sat_lightning.generation import (
     BaseStrategy,
+    BeamSearchStrategy,
     filling_sequence,
+    generate,
     get_masks_and_position_ids_default,
     get_masks_and_position_ids_glm,
     stream_filling_sequence,
@@ -401,6 +403,51 @@ def test_a_strategy_may_reorder_tokens_and_memory():
     assert tokens.tolist() == [likely, other]
     alone = filling_sequence(model, slots([*values[:4], 3, -1, -1, -1]), 1, GREEDY)[1]
     assert_close(mems[:, 1:], alone)
+
+
+@pytest.mark.parametrize("end_tokens", [(), (7, 31, 59)])
+def test_beams_are_those_of_generate(end_tokens):
+    model, prompt = build("llama"), [20, 29, 37, 53]
+    strategy = BeamSearchStrategy(3, end_tokens=end_tokens, no_repeat_ngram_size=2)
+    texts, mems = filling_sequence(model, slots([*prompt, *[-1] * 9]), 1, strategy)
+    (result,) = generate(model, [prompt], strategy=strategy, max_new_tokens=9)
+    expected = [prompt + found.tokens for found in (result, *result.alternatives)]
+    assert [text.tolist() for text in texts] == expected and mems is None
+
+
+def test_running_beams_come_with_their_memory():
+    model, strategy = build(), BeamSearchStrategy(3, consider_end=False)
+    tokens, mems = filling_sequence(model, slots(), 1, strategy)
+    assert tokens.shape == (3, 12) and mems.shape[:3] == (2, 3, 11)
+    assert tokens[:, [0, 1, 2, 3, 6, 7, 9]].tolist() == [[20, 29, 37, 53, 41, 12, 9]] * 3
+    for row, memory in zip(tokens, mems.unbind(1), strict=True):
+        alone = filling_sequence(model, torch.cat([row[:-1], slots([-1])]), 1, GREEDY)[1]
+        assert_close(memory[:, None], alone)
+    *_, (last, memory) = stream_filling_sequence(model, slots(), 1, strategy)
+    assert torch.equal(last, tokens)
+    assert_close(memory, mems)
+
+
+def test_images_are_read_once():
+    """Later steps find them in the memory."""
+    family = FAMILIES["glm4v"]
+    model, given = family.build().eval(), family.inputs(0)
+    seen = {"image_embed_mask": given["image_embed_mask"][:1], "vision_image": given["vision_image"][:1]}
+    values = [*given["input_ids"][0].tolist(), -1, 7, -1, -1]
+
+    def score(tokens):
+        mask = torch.nn.functional.pad(seen["image_embed_mask"], (0, tokens.shape[1] - 9))
+        return model(tokens, image_embed_mask=mask, vision_image=seen["vision_image"])[0]
+
+    tokens = filling_sequence(model, slots(values), 1, GREEDY, **seen)[0]
+    assert tokens.tolist() == [written(score, values)]
+
+
+def test_a_task_that_holds_a_model():
+    model = build()
+    task = torch.nn.Module()
+    task.model = model
+    assert torch.equal(filling_sequence(task, slots(), 1, GREEDY)[0], filling_sequence(model, slots(), 1, GREEDY)[0])
 
 
 # ---- what is refused

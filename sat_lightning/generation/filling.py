@@ -21,6 +21,7 @@ from torch import Tensor
 from sat_lightning.errors import ConfigError, InputError
 from sat_lightning.generation.lent_cache import LentCache
 from sat_lightning.generation.memory import Memory
+from sat_lightning.generation.runner import find_model
 from sat_lightning.generation.slots import Slots, get_masks_and_position_ids_default
 from sat_lightning.generation.state import NO_TOKEN, DecodingState
 from sat_lightning.generation.strategies import BaseStrategy
@@ -49,8 +50,8 @@ def filling_sequence(
     The model is called in eval mode; if it has no `CachedAutoregressiveMixin`, it has one during its calls.
 
     Args:
-        model: a `BaseModel`, or an `EncoderDecoderModel` with `enc_input_ids` (and `enc_attention_mask`) or
-            `encoder_outputs` among `kw`: `seq` is the decoder's text.
+        model: a `BaseModel`, a task that holds one, or an `EncoderDecoderModel` with `enc_input_ids` (and
+            `enc_attention_mask`) or `encoder_outputs` among `kw`: `seq` is the decoder's text.
         seq: `[n]` ids, and -1 in the slots to fill; at least the first is given.
         batch_size: how many texts to write, b; each is drawn by itself.
         strategy: a `BaseStrategy`, or an object written for SAT, with `forward(logits, tokens, mems)`, `is_done` and
@@ -66,7 +67,8 @@ def filling_sequence(
 
     Returns:
         Tokens `[b, n]`, given ones included, shorter if every row has ended before, -1 behind the end of a row; and
-        mems `[num_layers, b, t, w]` of all but the last token. Of a strategy with beams: what it makes of them.
+        mems `[num_layers, b, t, w]` of all but the last token. Of beam search: a list of texts `[length]`, best first,
+        and None; with `consider_end=False` the running beams and their mems.
 
     Raises:
         InputError: for a text that is empty, not 1-D, begins with a slot or has none, is longer than the model, or has
@@ -74,7 +76,7 @@ def filling_sequence(
     """
     memory = Memory(mems, max_memory_length, num_forgotten)
     model, kw = _writer(model, kw)
-    slots = Slots.read(model, seq, get_masks_and_position_ids, log_attention_weights)
+    slots = Slots.read(getattr(model, "_orig_mod", model), seq, get_masks_and_position_ids, log_attention_weights)
     filling = _Filling(model, slots, memory, strategy, batch_size, seed, kw)
     for _ in filling.steps():
         pass
@@ -117,7 +119,7 @@ def stream_filling_sequence(
     """
     memory = Memory(mems, max_memory_length, num_forgotten)
     model, kw = _writer(model, kw)
-    slots = Slots.read(model, seq, get_masks_and_position_ids, log_attention_weights)
+    slots = Slots.read(getattr(model, "_orig_mod", model), seq, get_masks_and_position_ids, log_attention_weights)
     return _Filling(model, slots, memory, strategy, batch_size, seed, kw).steps()
 
 
@@ -169,7 +171,8 @@ class _Filling:
         tokens = self.state.tokens[:, : self.state.length]
         if self.is_sat_style:
             return self.strategy.finalize(tokens, self.memory.mems)
-        if type(self.strategy).finalize is BaseStrategy.finalize:
+        is_plain = type(self.strategy).finalize is BaseStrategy.finalize
+        if is_plain or not getattr(self.strategy, "consider_end", True):  # rows as they run, beams best first
             return tokens, self.memory.mems
         found = self.strategy.finalize(self.state)
         return [hypothesis.tokens for row in found for hypothesis in row], None
@@ -219,7 +222,9 @@ class _Filling:
 
 
 def _writer(model: Any, kw: dict[str, Any]) -> tuple[Any, dict[str, Any]]:  # noqa: ANN401
-    """Take the decoder of a pair, which reads what the encoder made of `enc_input_ids`."""
+    """Take the model out of a task, and of a pair the decoder, which reads what the encoder made of `enc_input_ids`."""
+    if isinstance(model, torch.nn.Module) and not hasattr(model, "_orig_mod"):
+        model = find_model(model)
     if not isinstance(model, EncoderDecoderModel):
         return model, kw
     source, mask = kw.pop("enc_input_ids", None), kw.pop("enc_attention_mask", None)

@@ -24,6 +24,7 @@ from sat_lightning.models.chatglm2 import ChatGLM4Config, ChatGLM4Model
 from sat_lightning.models.eva2clip import EVA2CLIPModel
 from sat_lightning.nn import LayerNorm, Transformer
 from sat_lightning.nn.linear import InitMethod, Linear, PatchLinear, normal_init
+from sat_lightning.nn.masks import waiting_keys
 
 _PREFIX = "vision_"
 
@@ -91,9 +92,10 @@ class ImageWordsMixin(BaseMixin):
         """Look words up, and put images where the mask is 1, one after the other, row by row."""
         words = old_impl(input_ids, **kw)
         vision = {name.removeprefix(_PREFIX): value for name, value in kw.items() if name.startswith(_PREFIX)}
-        if vision.get("image") is None:
+        is_seen = image_embed_mask is not None and image_embed_mask.shape == input_ids.shape
+        if vision.get("image") is None or (waiting_keys(kw) and not is_seen):  # a cache holds the images already
             return words
-        if image_embed_mask is None or image_embed_mask.shape != input_ids.shape:
+        if image_embed_mask is None or not is_seen:
             found = "missing" if image_embed_mask is None else f"of shape {list(image_embed_mask.shape)}"
             raise InputError(
                 f"image_embed_mask is {found}; with vision_image it must be {list(input_ids.shape)}, as input_ids, and "
