@@ -58,13 +58,13 @@ class KeyValueCache:
             )
         if layer_id not in self.layers:
             self.layers[layer_id] = self._allocate(key, value)
-        stored = (key, value) if self.dtype is not torch.int8 else (*_quantise(key), *_quantise(value))
-        for buffer, new in zip(self.layers[layer_id], stored, strict=True):
-            buffer[:, :, start:stop].copy_(new)
-        held = [buffer[:, :, :stop] for buffer in self.layers[layer_id]]
+        buffers = self.layers[layer_id]
         if self.dtype is torch.int8:
+            _put(buffers, (*_quantise(key), *_quantise(value)), start)
+            held = [buffer.narrow(2, 0, stop) for buffer in buffers]
             return held[0] * held[1].to(key.dtype), held[2] * held[3].to(value.dtype)
-        return held[0], held[1]
+        _put(buffers, (key, value), start)
+        return buffers[0].narrow(2, 0, stop), buffers[1].narrow(2, 0, stop)
 
     def advance(self, num_tokens: int) -> None:
         """Count the tokens that the last forward wrote as held."""
@@ -154,6 +154,11 @@ class StaticCacheMixin(BaseMixin):
             kw["binary_masks"] = (*kw.get("binary_masks", ()), mask) if is_binary else kw.get("binary_masks", ())
         context = old_impl(query.to(key.dtype), key, value, mask, dropout_fn, **kw)
         return context.to(query.dtype)
+
+
+def _put(buffers: tuple[Tensor, ...], tensors: tuple[Tensor, ...], start: int) -> None:
+    for buffer, new in zip(buffers, tensors, strict=True):
+        buffer.narrow(2, start, new.shape[2]).copy_(new)
 
 
 def _quantise(x: Tensor) -> Heads:

@@ -28,9 +28,9 @@ from sat_lightning.errors import ConfigError, InputError
 from sat_lightning.hooks import non_conflict, passes_mask
 from sat_lightning.model import BaseMixin, BaseModel, register_model
 from sat_lightning.nn import Transformer
-from sat_lightning.nn.attention import dropout_of, merge_heads, split_heads
+from sat_lightning.nn.attention import dropout_of, merge_heads, split_into_heads
 from sat_lightning.nn.attention_fn import attention_fn_default
-from sat_lightning.nn.linear import Embedding, Linear, normal_init, run_linear, scaled_normal_init, split_last
+from sat_lightning.nn.linear import Embedding, Linear, normal_init, run_linear, scaled_normal_init
 from sat_lightning.nn.masks import MaskLike
 
 Bands = tuple[Tensor, Tensor]
@@ -165,7 +165,7 @@ class TwoImagesMixin(BaseMixin):
         attention: Any = layers[layer_id].attention
         mixed = run_linear(self.query_key_value[layer_id], "query_key_value_plus", hidden_states, **kw)
         size = attention.hidden_size_per_attention_head
-        query, key, value = (split_heads(x, size) for x in split_last(mixed, attention.sizes))
+        query, key, value = split_into_heads(mixed, attention.sizes, size)
         bands = kw.get("image_bands") or self._make_bands(query)
         kw["output_cross_layer"]["image_bands"] = bands
         tokens, mask = bands[0], bands[1].to(query.dtype)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sat_lightning.config import TransformerConfig
 from sat_lightning.hooks import HookTable
-from sat_lightning.nn.linear import InitMethod, Linear, apply_linear, split_last
+from sat_lightning.nn.linear import InitMethod, Linear, apply_linear, drop_out
 from sat_lightning.nn.rotary import rotate
 
 Heads = tuple[Tensor, Tensor]
@@ -26,6 +26,12 @@ Heads = tuple[Tensor, Tensor]
 def split_heads(x: Tensor, head_size: int) -> Tensor:
     """View `[b, s, h * d]` as `[b, h, s, d]`."""
     return x.unflatten(-1, (-1, head_size)).transpose(1, 2)
+
+
+def split_into_heads(mixed: Tensor, sizes: list[int], head_size: int) -> list[Tensor]:
+    """View parts of the last axis of `[b, s, sum(sizes)]` as heads, `[b, size / d, s, d]` each."""
+    heads = mixed.reshape(*mixed.shape[:2], -1, head_size).split_with_sizes([size // head_size for size in sizes], 2)
+    return [part.transpose(1, 2) for part in heads]
 
 
 def merge_heads(x: Tensor) -> Tensor:
@@ -66,13 +72,13 @@ class SelfAttention(nn.Module):
     def attend(self, hidden_states: Tensor, mask: Tensor, *, hooks: HookTable, **kw: Any) -> Tensor:
         """Project, turn, attend, project."""
         mixed = apply_linear(self, "query_key_value", hidden_states, hooks=hooks, **kw)
-        query, key, value = (split_heads(x, self.hidden_size_per_attention_head) for x in split_last(mixed, self.sizes))
+        query, key, value = split_into_heads(mixed, self.sizes, self.hidden_size_per_attention_head)
         query, key = (self.turn if hooks.query_key_forward is None else hooks.query_key_forward)(
             query, key, hooks=hooks, **kw
         )
         context = hooks.attention_fn(query, key, value, mask, dropout_of(self), hooks=hooks, **kw)  # [b, h, s, d]
         output = apply_linear(self, "dense", merge_heads(context), hooks=hooks, **kw)
-        return self.output_dropout(output)
+        return drop_out(self.output_dropout, output)
 
     def turn(self, query: Tensor, key: Tensor, *, rotary: Heads | None = None, **kw: Any) -> Heads:
         """Rotate queries and keys by their positions, in models with rotary embedding."""
@@ -136,7 +142,7 @@ class CrossAttention(nn.Module):
         )
         if isinstance(encoder_outputs, Tensor):
             mixed = apply_linear(self, "key_value", encoder_outputs, hooks=hooks, **kw)
-            key, value = (split_heads(x, self.hidden_size_per_attention_head) for x in split_last(mixed, self.sizes))
+            key, value = split_into_heads(mixed, self.sizes, self.hidden_size_per_attention_head)
         else:
             key, value = encoder_outputs[kw["layer_id"]]
         given = (key, value)
@@ -146,7 +152,7 @@ class CrossAttention(nn.Module):
             query, key, value, cross_attention_mask, dropout_of(self),
             hooks=hooks, **{**kw, "cross_attention": True, "mem_cross": given},
         )  # fmt: skip
-        return self.output_dropout(apply_linear(self, "dense", merge_heads(context), hooks=hooks, **kw))
+        return drop_out(self.output_dropout, apply_linear(self, "dense", merge_heads(context), hooks=hooks, **kw))
 
 
 def dropout_of(attention: SelfAttention | CrossAttention) -> nn.Dropout | None:

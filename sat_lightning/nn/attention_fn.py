@@ -95,6 +95,9 @@ def attention_fn_default(
     Raises:
         InputError: if the mask does not fit the keys, or the backend cannot serve the call.
     """
+    if query.shape[2] == 1 and attention_backend == "auto" and log_attention_weights is None and not attention_dropout:
+        if attention_mask is None or attention_mask is full_mask or attention_mask is causal_mask:
+            return _attend_one(query, key, value, scaling_attention_score)
     mask, is_causal, is_exact = _read_mask(attention_mask, query, key, causal_mask, full_mask, binary_masks)
     if is_causal and appended_keys:
         # In front of the others they are what the last query, and each before it, sees anyway.
@@ -127,6 +130,12 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, plan: _Plan, backend: str)
 
 def _roll(weights: Tensor | None, count: int) -> Tensor | None:
     return weights if weights is None or weights.shape[-1] == 1 else weights.roll(count, -1)
+
+
+def _attend_one(query: Tensor, key: Tensor, value: Tensor, is_scaled: bool) -> Tensor:
+    """Attend from one query to all keys: a step of a generation, where every Python call is felt."""
+    scale, is_grouped = None if is_scaled else 1.0, key.shape[1] != query.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=is_grouped)
 
 
 def _acting_prob(dropout: nn.Module | None) -> float:

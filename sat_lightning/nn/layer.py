@@ -135,7 +135,7 @@ class TransformerLayer(nn.Module):
         return (residual if self.residual_scale == 1.0 else residual * self.residual_scale) + branch
 
     def _drop(self, branch: Tensor) -> Tensor:
-        return drop_path(branch, self.drop_path, self.training)
+        return drop_path(branch, self.drop_path, self.training) if self.training else branch
 
     def _crosses(self, kw: dict[str, Any]) -> bool:
         return self.is_decoder and kw.get("encoder_outputs") is not None

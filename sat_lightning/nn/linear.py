@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from sat_lightning.hooks import HookTable
@@ -81,7 +80,8 @@ class Embedding(nn.Embedding):
 
 def apply_linear(module: nn.Module, name: str, x: Tensor, /, *, hooks: HookTable, **kw: object) -> Tensor:
     """Run the linear `module.<name>`, or the `linear_forward` hook with it, if anybody speaks there."""
-    return run_linear(getattr(module, name), name, x, hooks=hooks, **kw)
+    linear = getattr(module, name)
+    return linear(x) if hooks.linear_forward is None else run_linear(linear, name, x, hooks=hooks, **kw)
 
 
 def run_linear(linear: nn.Module, name: str, x: Tensor, /, *, hooks: HookTable, **kw: object) -> Tensor:
@@ -91,6 +91,6 @@ def run_linear(linear: nn.Module, name: str, x: Tensor, /, *, hooks: HookTable, 
     return hooks.linear_forward(x, linear=linear, name=name, hooks=hooks, **kw)
 
 
-def split_last(x: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
-    """Split the last axis into views of the given sizes."""
-    return torch.split(x, sizes, dim=-1)
+def drop_out(dropout: nn.Module, x: Tensor) -> Tensor:
+    """Drop features while training; outside it nothing is called, as for one token a call is dear."""
+    return dropout(x) if dropout.training else x

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sat_lightning.config import TransformerConfig
 from sat_lightning.hooks import HookTable
-from sat_lightning.nn.linear import InitMethod, Linear, apply_linear
+from sat_lightning.nn.linear import InitMethod, Linear, apply_linear, drop_out
 
 Activation = Callable[[Tensor], Tensor]
 Activate = Callable[[Tensor, Tensor], Tensor]
@@ -61,9 +61,8 @@ class MLP(nn.Module):
 
     def forward(self, hidden_states: Tensor, *, hooks: HookTable, **kw: Any) -> Tensor:
         """Ask the `mlp_forward` hook, or answer: `[b, s, c]` to `[b, s, c]`."""
-        return self.dropout(
-            (self.feed if hooks.mlp_forward is None else hooks.mlp_forward)(hidden_states, hooks=hooks, **kw)
-        )
+        feed = self.feed if hooks.mlp_forward is None else hooks.mlp_forward
+        return drop_out(self.dropout, feed(hidden_states, hooks=hooks, **kw))
 
     def feed(self, hidden_states: Tensor, *, hooks: HookTable, activate: Activate | None = None, **kw: Any) -> Tensor:
         """Run the MLP, or route every token to its experts; a mixin with a gate of its own gives `activate`."""

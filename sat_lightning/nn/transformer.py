@@ -19,7 +19,7 @@ from sat_lightning.hooks import HookTable, computes_loss
 from sat_lightning.nn.attention_fn import attention_fn_default
 from sat_lightning.nn.head import project
 from sat_lightning.nn.layer import NormFactory, TransformerLayer
-from sat_lightning.nn.linear import Embedding, InitMethod, normal_init, scaled_normal_init
+from sat_lightning.nn.linear import Embedding, InitMethod, drop_out, normal_init, scaled_normal_init
 from sat_lightning.nn.masks import MaskLike, make_masks
 from sat_lightning.nn.mlp import Activation, gelu
 from sat_lightning.nn.norm import LayerNorm
@@ -121,7 +121,7 @@ class Transformer(nn.Module):
         positions = hooks.position_embedding_forward(position_ids, output_cross_layer=carry, **kw)
         if positions is not None:
             hidden_states = hidden_states + positions
-        return self.embedding_dropout(hidden_states)
+        return drop_out(self.embedding_dropout, hidden_states)
 
     def blocks(self) -> list[tuple[int, int, bool]]:
         """Return the layers as (start, stop, whether activations are kept)."""
