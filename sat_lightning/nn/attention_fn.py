@@ -103,12 +103,10 @@ def attention_fn_default(
         # In front of the others they are what the last query, and each before it, sees anyway.
         key, value = key.roll(appended_keys, 2), value.roll(appended_keys, 2)
         log_attention_weights = _roll(log_attention_weights, appended_keys)
-    dropout_prob = _acting_prob(attention_dropout)
-    plan = _Plan(mask, is_causal, log_attention_weights, scaling_attention_score, dropout_prob)
+    plan = _Plan(mask, is_causal, log_attention_weights, scaling_attention_score, _acting_prob(attention_dropout))
     if attention_backend == "flex":
         return _flex(query, key, value, plan)
-    if attention_backend == "eager" or not is_exact:
-        # Fractions in a mask scale the scores, which no fused kernel does.
+    if attention_backend == "eager" or not is_exact:  # no fused kernel scales the scores by fractions in a mask
         exact = _tensor_mask(plan, query, key)
         return standard_attention(query, key, value, exact, attention_dropout, plan.weights, plan.is_scaled)
     return _fused(query, key, value, plan, attention_backend)
