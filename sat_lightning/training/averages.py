@@ -6,6 +6,8 @@ import torch
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
+from sat_lightning.training.finite import sum_over_ranks
+
 
 class WeightedMeans:
     """Means by name, kept as sums on the device: adding costs no synchronisation, reading one all-reduce.
@@ -15,6 +17,7 @@ class WeightedMeans:
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}
+        self._agreed: list[str] = []  # names that the ranks averaged the last time
 
     def __bool__(self) -> bool:
         return bool(self._sums)
@@ -61,15 +64,25 @@ class WeightedMeans:
             A float32 scalar for each name; NaN where nothing had weight.
         """
         sums, self._sums = self._sums, {}
+        # Ranks may have seen different names, or no batch at all: rank 0 says what is averaged, when that changes.
+        is_alone = getattr(strategy, "world_size", 1) == 1
+        self._agreed = list(sums) if is_alone else self._agreed
+        totals, is_new = self._add_up(sums, strategy, strategy.is_global_zero and list(sums) != self._agreed)
+        if not is_alone and is_new:
+            self._agreed = strategy.broadcast(list(sums))
+            totals, _ = self._add_up(sums, strategy, False)
+        values, counts = totals.view(-1, 2).unbind(1)
+        return dict(zip(self._agreed, (values / counts).float(), strict=True))
+
+    def _add_up(
+        self, sums: dict[str, tuple[Tensor, Tensor]], strategy: Strategy, is_new: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Add up, over all ranks, sums and weights of the names agreed on, and whether these are to be others now."""
         device = strategy.root_device
         nothing = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-        # Ranks may have seen different names, or no batch at all: rank 0 says what is averaged.
-        names = strategy.broadcast(list(sums))
-        if not names:
-            return {}
-        parts = [part.to(device) for name in names for part in sums.get(name, (nothing, nothing))]
-        totals, counts = strategy.reduce(torch.stack(parts), reduce_op="sum").view(-1, 2).unbind(1)
-        return dict(zip(names, (totals / counts).float(), strict=True))
+        parts = [part.to(device) for name in self._agreed for part in sums.get(name, (nothing, nothing))]
+        whole = sum_over_ranks(torch.stack([*parts, torch.full_like(nothing, float(is_new))]), strategy)
+        return whole[:-1], whole[-1]
 
     def state_dict(self) -> dict[str, list[Tensor]]:
         """Return the sums and weights so far, by name; they are never changed in place."""

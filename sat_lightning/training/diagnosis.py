@@ -9,7 +9,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from sat_lightning.training.guard import BadBatch
+from sat_lightning.training.verdict import BadBatch
 
 
 def find_culprit(module: nn.Module, bad: BadBatch) -> str:

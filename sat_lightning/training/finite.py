@@ -1,10 +1,11 @@
-"""Is everything finite, on every rank? Asked with one small all-reduce, and read once."""
+"""Is everything finite, on every rank? What ranks ask each other in each batch: one small all-reduce, read once."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
 
@@ -38,7 +39,7 @@ def has_nonfinite(values: Iterable[Tensor | float], device: torch.device) -> Ten
     flags = []
     for value in values:
         number = value.detach() if isinstance(value, Tensor) else value
-        if isinstance(number, Tensor) and number.device.type != "cpu":
+        if isinstance(number, Tensor) and not _lies_on_host(number):
             flags.append(torch.isfinite(number).reshape(()).to(device))
         elif not math.isfinite(number):
             return torch.ones(1, dtype=torch.int32, device=device)
@@ -47,19 +48,90 @@ def has_nonfinite(values: Iterable[Tensor | float], device: torch.device) -> Ten
     return torch.stack(flags).all().logical_not().to(torch.int32).reshape(1)
 
 
-def is_any_rank(flag: Tensor) -> bool:
-    """Agree over all ranks; this is where the host waits.
+def read_highest(numbers: Sequence[Tensor]) -> list[int]:
+    """Agree on numbers over all ranks, with one all-reduce and one read; this is where the host waits.
 
     Args:
-        flag: of this rank, one number, changed in place.
+        numbers: of this rank, on one device, int32 of shape `[1]`; they may be changed in place.
 
     Returns:
-        Whether it is not 0 on any rank.
+        The highest that any rank has, for each.
     """
+    whole = numbers[0] if len(numbers) == 1 else torch.cat(list(numbers))
+    if has_ranks():
+        torch.distributed.all_reduce(whole, op=torch.distributed.ReduceOp.MAX)
+    return list(whole.tolist())
+
+
+def has_ranks() -> bool:
+    """Tell whether there are other processes to agree with."""
     distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        distributed.all_reduce(flag, op=distributed.ReduceOp.MAX)
-    return bool(flag.item())
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def sum_over_ranks(numbers: Tensor, strategy: Strategy) -> Tensor:
+    """Add up over all ranks, without the barrier of Lightning's `reduce`.
+
+    Args:
+        numbers: of this rank; they may be changed in place.
+        strategy: of the trainer; every rank has to call this.
+    """
+    if not has_ranks():
+        return strategy.reduce(numbers, reduce_op="sum")
+    torch.distributed.all_reduce(numbers)
+    return numbers
+
+
+class DelayedHighest:
+    """The highest number that any rank has, asked for now and read when asked for the next time.
+
+    So nobody waits: the all-reduce, and a GPU's work before it, have all the time between.
+
+    Args:
+        device: of the process group.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._wait: Callable[[], object] | None = None
+        self._highest = torch.zeros(1, dtype=torch.int32)
+
+    def exchange(self, number: int) -> int:
+        """Tell the ranks a number, unless one other than 0 was told; all of them have to call this equally often.
+
+        Args:
+            number: of this rank.
+
+        Returns:
+            The highest of those told the last time; 0 the first time.
+        """
+        if before := self.read():
+            return before
+        # A full tensor is a kernel; one made from a list would be a copy, for which the host waits.
+        told = torch.full((1,), number, dtype=torch.int32, device=self._device)
+        work: Any = torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX, async_op=True)
+        if self._device.type == "cuda":
+            work.wait()  # the stream waits, and not the host
+            self._highest = torch.empty(1, dtype=torch.int32, pin_memory=True).copy_(told, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(self._device))
+            self._wait = event.synchronize
+        else:
+            self._highest, self._wait = told, work.wait
+        return 0
+
+    def read(self) -> int:
+        """Return the highest number of those told the last time; 0 if none are left to be read."""
+        if self._wait is None:
+            return 0
+        self._wait()
+        self._wait = None
+        return int(self._highest)
+
+
+def _lies_on_host(number: Tensor) -> bool:
+    """Whether reading it waits for no device."""
+    return number.device.type == "cpu"
 
 
 def gather_objects(value: Any) -> list[Any]:  # noqa: ANN401

@@ -4,13 +4,15 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from sat_lightning.training.finite import is_any_rank
+from sat_lightning.training.steps import StepModule
 
 
 class GradientCheck:
@@ -28,6 +30,9 @@ class GradientCheck:
         optimizer: Any = getattr(self._engine, "optimizer", None)
         if hasattr(optimizer, "check_grad_overflow"):
             optimizer.check_grad_overflow = True
+            if getattr(optimizer, "compute_grad_norm", False) and not self.is_left_to_scaler:
+                # The norm that it takes anyway tells; it need not look at every gradient, and ask all ranks, before.
+                optimizer.check_overflow = lambda partition_gradients=True: None
 
     @property
     def is_left_to_scaler(self) -> bool:
@@ -36,20 +41,25 @@ class GradientCheck:
             return True
         return self._engine is not None and bool(self._engine.fp16_enabled())
 
-    def is_bad_before_step(self, optimizer: Optimizer) -> bool:
-        """Look, and agree over all ranks.
+    @property
+    def is_left_to_engine(self) -> bool:
+        """Whether DeepSpeed looks by itself, in its step, and tells with `is_bad_after_step`."""
+        return hasattr(getattr(self._engine, "optimizer", None), "overflow")
+
+    def find_bad(self, optimizer: Optimizer) -> Tensor:
+        """Look, without waiting for the device.
 
         Args:
             optimizer: that is about to step.
+
+        Returns:
+            An int32 of shape `[1]`: 0 if every gradient of this rank is finite.
         """
-        engine = self._engine
-        if hasattr(getattr(engine, "optimizer", None), "overflow"):
-            return False  # it looks by itself, in its step
-        if engine is None:
+        if self._engine is None:
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         else:
-            parameters = list(engine.module.parameters())
-        return is_any_rank(_flag(parameters, self._strategy.root_device))
+            parameters = list(self._engine.module.parameters())
+        return _flag(parameters, self._strategy.root_device).to(torch.int32).reshape(1)
 
     def is_bad_after_step(self) -> bool:
         """Tell whether DeepSpeed has found a gradient that is not finite and made no step; all ranks say the same."""
@@ -96,3 +106,27 @@ def _local(gradient: Tensor) -> Tensor:
     if hasattr(gradient, "to_local"):
         gradient = gradient.to_local()
     return gradient.coalesce().values() if gradient.is_sparse else gradient
+
+
+def forgets_backward(trainer: L.Trainer) -> bool:
+    """Tell whether a backward pass of NaN leaves nothing behind but gradients, as far as anybody can see.
+
+    Whether a batch is good can then be asked after its backward pass, together with whether its gradients are. Not so
+    with hooks that see gradients and may keep what they see, with compression of gradients that feeds errors back, with
+    fp8 that scales by what it saw, under anomaly detection, and where a module calls the optimizer in a way of its own.
+
+    Args:
+        trainer: that fits.
+    """
+    module: Any = trainer.lightning_module
+    hooks = ("on_before_zero_grad", "on_before_backward", "on_after_backward")
+    seen = [getattr(c, name) for c in trainer.callbacks for name in hooks if is_overridden(name, c)]  # type: ignore[attr-defined]
+    seen += [getattr(module, name) for name in (*hooks, "backward", "optimizer_step") if is_overridden(name, module)]
+    if any(getattr(hook, "__func__", hook) is not StepModule.on_before_backward for hook in seen):
+        return False
+    if getattr(trainer.strategy, "_ddp_comm_hook", None) is not None or torch.is_anomaly_enabled():
+        return False
+    keeps = ("_backward_hooks", "_backward_pre_hooks", "_post_accumulate_grad_hooks")
+    if any(getattr(part, name, None) for part in (*module.modules(), *module.parameters()) for name in keeps):
+        return False
+    return not any(type(part).__module__.startswith("transformer_engine") for part in module.modules())

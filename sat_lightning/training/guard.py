@@ -1,35 +1,20 @@
 """The seam by which a batch, or a window of accumulated batches, is left out of a run of any Lightning module."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import lightning as L
 from torch import Tensor
 
-from sat_lightning.training.finite import has_nonfinite, is_any_rank, name_scalars
-from sat_lightning.training.gradients import GradientCheck
+from sat_lightning.training.finite import read_highest
+from sat_lightning.training.gradients import GradientCheck, forgets_backward
+from sat_lightning.training.held import HeldLogs, count_batch, forget_batch, set_counting
 from sat_lightning.training.rewind import Snapshot, StepRewind
-from sat_lightning.training.steps import StepModule
+from sat_lightning.training.verdict import BadBatch, Messenger, Values, Verdict, describe
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-@dataclass
-class BadBatch:
-    """A batch, or the window that ends with it, that is left out."""
-
-    found: dict[str, str]
-    """What was not finite on this rank, for instance `{"loss": "nan"}`; it may be empty."""
-    batches_ago: list[int]
-    """Which are left out: 0 for the batch itself; for a bad gradient the good ones of its window, oldest first."""
-    rerun: Callable[[], AbstractContextManager[Any]]
-    """Computes the training step of the batch once more, as it was; every rank has to enter it."""
-    is_window: bool = False
-    """Whether a gradient was bad, which spoils everything that was accumulated."""
 
 
 class _LeftOut(Exception):
@@ -47,11 +32,17 @@ class StepGuard:
     they do not, the loop is left as if the batch had not been there: windows of accumulated batches are counted in good
     batches. What a training step logs is held back until the batch is known to be good.
 
+    Asked is before the backward pass, and about gradients once more before a step. Where a window is one batch and a
+    backward pass of NaN leaves nothing behind (`forgets_backward`), both are asked at once, after the backward pass:
+    the batch is left out all the same, its gradients are never used, and the host waits once. In longer windows that
+    cannot be: a bad last batch would spoil the gradients of the good ones before it.
+
     Args:
         trainer: that fits.
         check_metrics: look at what the training step gives beside the loss.
         check_gradients: look at the gradients before each optimizer step.
         on_left_out: called on all ranks for whatever is left out; what it raises ends the run.
+        messenger: whose number travels with the question, if there is one.
     """
 
     def __init__(
@@ -60,18 +51,20 @@ class StepGuard:
         check_metrics: bool,
         check_gradients: bool,
         on_left_out: Callable[[BadBatch], None],
+        messenger: Messenger | None = None,
     ) -> None:
         self._trainer, self._module = trainer, trainer.lightning_module
         self._strategy: Any = trainer.strategy
         self._loop: Any = trainer.fit_loop.epoch_loop
-        self._device = trainer.strategy.root_device
-        self._checks_metrics, self._checks_gradients = check_metrics, check_gradients
-        self._on_left_out = on_left_out
+        self._on_left_out, self._checks_gradients = on_left_out, check_gradients
         self._gradients = GradientCheck(trainer.strategy)
-        self._rewind = StepRewind(self._module, self._device)
+        self._verdict = Verdict(trainer, check_metrics, messenger)
+        self._rewind = StepRewind(self._module, trainer.strategy.root_device)
         self._originals: dict[str, Callable[..., Any]] = {}
         self._undo: list[tuple[Any, str, Any]] = []
-        self._held: list[_Arguments] | None = None
+        self._logs = HeldLogs(self._module)
+        self._undecided: tuple[Values, Snapshot] | None = None
+        self._can_ask_once = False
         self._latest: Any = None  # arguments, and what was remembered before them
         self._latest_good: Any = None
         self._window_start: Any = None
@@ -103,9 +96,12 @@ class StepGuard:
         self._replace(self._loop.automatic_optimization, "run", self._run)
         self._replace(self._loop, "_should_accumulate", self._should_accumulate)
         self._replace(self._loop, "_update_learning_rates", self._update_learning_rates)
-        self._replace(self._module, "log", self._log)
+        self._replace(self._module, "log", self._logs.log)
+        self._verdict.carry(True)
         if self._checks_gradients:
             self._gradients.prepare()
+            is_left = self._gradients.is_left_to_engine or self._gradients.is_left_to_scaler
+            self._can_ask_once = not is_left and forgets_backward(self._trainer)
 
     def detach(self) -> None:
         """Step out, and leave nothing behind."""
@@ -114,7 +110,10 @@ class StepGuard:
                 owner.__dict__.pop(name, None)
             else:
                 owner.__dict__[name] = before
-        self._undo, self._held = [], None
+        self._undo = []
+        self._logs.drop()
+        self._verdict.carry(False)
+        set_counting(self._module, True)
         self._latest, self._latest_good, self._window_start = None, None, None
 
     def state_dict(self, num_in_window: int) -> dict[str, Any]:
@@ -161,7 +160,8 @@ class StepGuard:
         except _LeftOut as left_out:
             outputs, bad = {}, left_out.bad
         finally:
-            self._held, self._latest = None, None
+            self._logs.drop()
+            self._latest, self._undecided = None, None
             self._after_run.close()
         if bad is not None:
             for count, ready in before:
@@ -182,17 +182,18 @@ class StepGuard:
         self._latest = ((args, kwargs), before)
         output = self._forward(args, kwargs)
         self._rewind.learn(before)
-        values = self._values(output)
-        if not is_any_rank(has_nonfinite(values.values(), self._device)):
-            held, self._held = self._held or [], None
-            for arguments, keywords in held:
-                self._originals["log"](*arguments, **keywords)
+        values = self._verdict.values(output)
+        asks_later = self._can_ask_once and self._trainer.accumulate_grad_batches == 1
+        set_counting(self._module, not asks_later)
+        if asks_later:
+            self._undecided = (values, before)
+            return output
+        if not self._verdict.ask(values)[0]:
+            self._logs.release()
             if self._trainer.accumulate_grad_batches > 1 and output is not None:
                 self._latest_good = self._latest
             return output
-        found = {name: f"{number:g}" for name, value in values.items() if not math.isfinite(number := _number(value))}
-        bad = BadBatch(found, [0], partial(self._rerun, *self._latest))
-        self._rewind.restore(before)
+        bad = self._bad_batch(values, before)
         is_last = self._loop._num_ready_batches_reached() and not self._strategy.handles_gradient_accumulation
         if is_last and self._latest_good is not None:
             return self._close_window(bad, *self._latest_good)
@@ -211,11 +212,10 @@ class StepGuard:
         loss: Tensor = output["loss"] if isinstance(output, Mapping) else output
         return loss * 0.0
 
-    def _values(self, output: Any) -> dict[str, Tensor | float]:  # noqa: ANN401
-        values = name_scalars(output)
-        if not self._checks_metrics:
-            return {name: value for name, value in values.items() if name == "loss"}
-        return {**values, **self._module.step_values} if isinstance(self._module, StepModule) else values
+    def _bad_batch(self, values: Values, before: Snapshot) -> BadBatch:
+        bad = BadBatch(describe(values), [0], partial(self._rerun, *self._latest))
+        self._rewind.restore(before)
+        return bad
 
     @contextmanager
     def _rerun(self, arguments: _Arguments, before: Snapshot) -> Iterator[Any]:
@@ -224,22 +224,15 @@ class StepGuard:
         self._rewind.restore(before)
         try:
             output = self._forward(*arguments)
-            self._held = None
-            if isinstance(self._module, StepModule):
-                self._module.step_values = {}
+            self._logs.drop()
+            forget_batch(self._module)
             yield output
         finally:
             self._rewind.restore(now)
 
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
-        self._held = []
+        self._logs.hold()
         return self._originals["training_step"](*args, **kwargs)
-
-    def _log(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        if self._held is None:
-            self._originals["log"](*args, **kwargs)
-        else:
-            self._held.append((args, kwargs))
 
     def _should_accumulate(self) -> bool:
         if self._is_left_out:
@@ -271,8 +264,8 @@ class StepGuard:
 
         def checked() -> Any:  # noqa: ANN401
             result = closure()
-            if is_stepping and self._gradients.is_bad_before_step(optimizer):
-                raise _LeftOut(self._bad_window())
+            if is_stepping and not self._gradients.is_left_to_engine:
+                self._look_at_gradients(optimizer)
             return result
 
         result = self._originals["optimizer_step"](optimizer, checked, model, **kwargs)
@@ -280,13 +273,23 @@ class StepGuard:
             raise _LeftOut(self._bad_window())
         return result
 
+    def _look_at_gradients(self, optimizer: Any) -> None:  # noqa: ANN401
+        flag = self._gradients.find_bad(optimizer)
+        if self._undecided is None:
+            is_bad_gradient = read_highest([flag])[0] > 0
+        else:
+            values, before = self._undecided
+            is_bad, is_bad_gradient = self._verdict.ask(values, flag)
+            if is_bad:
+                raise _LeftOut(self._bad_batch(values, before))
+            self._logs.release()
+            count_batch(self._module)
+        if is_bad_gradient:
+            raise _LeftOut(self._bad_window())
+
     def _bad_window(self) -> BadBatch:
         found = {"gradient": names} if (names := self._gradients.describe()) else {}
         self._gradients.drop()
         self._rewind.restore(self._window_start)
         batches_ago = [self._num_begun - number for number in self.window]
         return BadBatch(found, batches_ago, partial(self._rerun, *self._latest), is_window=True)
-
-
-def _number(value: Tensor | float) -> float:
-    return float(value.detach() if isinstance(value, Tensor) else value)

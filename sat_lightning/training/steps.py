@@ -29,6 +29,8 @@ class StepModule(L.LightningModule):
         self._batch_shape = (0, 0)
         self.step_values: dict[str, Tensor] = {}
         self._step_weight = torch.zeros(())
+        self.counts_before_backward = True
+        """Whether a batch is known to be good before its backward pass; else `count_batch` is called when it is."""
 
     def forward_step(self, batch: Any) -> Step:  # noqa: ANN401
         """Compute the loss of one batch; a task overrides this.
@@ -73,7 +75,12 @@ class StepModule(L.LightningModule):
         return loss
 
     def on_before_backward(self, loss: Tensor) -> None:
-        """Add the batch to the means now that it is trained on, and log when it is time."""
+        """Count the batch, now that it is trained on."""
+        if self.counts_before_backward:
+            self.count_batch()
+
+    def count_batch(self) -> None:
+        """Add the latest batch to the means, and log them when it is time."""
         values, self.step_values = self.step_values, {}
         if values:
             self._train_means.add(values, self._step_weight)
@@ -134,7 +141,7 @@ class StepModule(L.LightningModule):
         self.log_dict(named, batch_size=1)
         # With prog_bar=True Lightning would read these from the device, and wait for it, after every later batch too.
         shown = self.trainer._logger_connector._progress_bar_metrics
-        shown |= {name: mean.item() for name, mean in named.items()}
+        shown |= dict(zip(named, torch.stack([*named.values()]).tolist(), strict=True)) if named else {}
 
     def _evaluate(self, batch: Any, dataloader_idx: int) -> None:  # noqa: ANN401
         values = self._run(batch)[1]

@@ -13,6 +13,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from sat_lightning.training.finite import DelayedHighest, has_ranks
 from sat_lightning.training.runs import is_trial, run_folder
 
 FILE_NAME = "interrupted.ckpt"
@@ -27,8 +28,13 @@ class SaveOnSignal(L.Callback):
 
     SIGTERM gives 143, SIGUSR1 138, SIGUSR2 140: not 0, for the run is not done. It is enough that one rank receives
     the signal; all save at the end of the same batch, of training (also inside a window of accumulated batches) or of
-    validation, if all ranks validate on equally many batches. A handler of the user's own for SIGUSR1 or SIGUSR2 is
-    left alone. Under SLURM's automatic requeueing, the requeue signal saves as Lightning does and requeues the job.
+    validation, if all ranks validate on equally many batches: that in which the signal came, or of several ranks the
+    next one. A handler of the user's own for SIGUSR1 or SIGUSR2 is left alone. Under SLURM's automatic requeueing, the
+    requeue signal saves as Lightning does and requeues the job.
+
+    Ranks tell each other in the place of Lightning, which asks them before each batch whether rank 0 has received
+    SIGTERM, and waits for the answer: beside it this costs nothing. They tell in one all-reduce a batch, whose result
+    is read a batch later; with `SkipNonFinite`, in the all-reduce that it makes anyway.
 
     `SATLightningModule` brings this callback along; any other pipeline can list it.
     """
@@ -36,15 +42,19 @@ class SaveOnSignal(L.Callback):
     def __init__(self) -> None:
         super().__init__()
         self._received = 0
+        self._agreed = 0
+        self._votes: DelayedHighest | None = None
         self._previous: dict[int, Any] = {}
         self._is_even = True
+        self.is_carried = False
+        """Whether somebody else tells the ranks of `received` in each batch of training, and calls `agree`."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Listen from now on; processes that load data are forked with handlers that do not kill them."""
         if stage == "fit":
             # Last among the callbacks, so that nothing of a batch is left undone; Lightning iterates over the old list.
             trainer.callbacks = [c for c in trainer.callbacks if c is not self] + [self]  # type: ignore[attr-defined]
-            self._received = 0
+            self._received = self._agreed = 0
             self._listen()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -53,6 +63,22 @@ class SaveOnSignal(L.Callback):
         if connector.received_sigterm:
             self._received, connector.received_sigterm = signal.SIGTERM, False
         self._listen()
+        if has_ranks():
+            self._votes = DelayedHighest(trainer.strategy.root_device)
+            trainer.fit_loop.epoch_loop.__dict__["_broadcast_sigterm_tensor"] = lambda: None
+
+    @property
+    def received(self) -> int:
+        """Number of the signal that this rank has received, or 0."""
+        return self._received
+
+    def agree(self, number: int) -> None:
+        """Stop all ranks at the end of this batch, if any was told to.
+
+        Args:
+            number: the highest `received` of all ranks.
+        """
+        self._agreed = number
 
     def on_train_batch_end(
         self,
@@ -63,7 +89,15 @@ class SaveOnSignal(L.Callback):
         batch_idx: int,
     ) -> None:
         """Stop if any rank was told to."""
+        if not self.is_carried:
+            self._ask_ranks()
         self._stop_if_told(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave no question open."""
+        if self._votes is not None:
+            self._votes.read()
+        self._give_back(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find out whether ranks can agree after each batch."""
@@ -84,6 +118,7 @@ class SaveOnSignal(L.Callback):
     ) -> None:
         """Stop if any rank was told to."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking and self._is_even:
+            self._ask_ranks()
             self._stop_if_told(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -91,6 +126,7 @@ class SaveOnSignal(L.Callback):
         # Lightning is about to put back what it found, which was ours.
         trainer._signal_connector._original_handlers.update(self._previous)
         self._restore_handlers()
+        self._give_back(trainer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Stop listening."""
@@ -116,12 +152,16 @@ class SaveOnSignal(L.Callback):
                 signal.signal(number, handler)
         self._previous = {}
 
+    def _give_back(self, trainer: L.Trainer) -> None:
+        self._votes = None
+        trainer.fit_loop.epoch_loop.__dict__.pop("_broadcast_sigterm_tensor", None)
+
+    def _ask_ranks(self) -> None:
+        self._agreed = self._received if self._votes is None else self._votes.exchange(self._received)
+
     def _stop_if_told(self, trainer: L.Trainer) -> None:
-        if trainer.world_size > 1:
-            told = torch.tensor([self._received], device=trainer.strategy.root_device)
-            torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
-            self._received = int(told)
-        if self._received:
+        if self._agreed:
+            self._received = self._agreed
             # Here rather than in on_exception, which processes that were forked do not come to.
             if not is_trial(trainer):
                 self._save(trainer)

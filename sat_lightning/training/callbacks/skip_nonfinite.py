@@ -8,11 +8,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import LBFGS
 
 from sat_lightning.errors import ConfigError, NonFiniteError
+from sat_lightning.training.callbacks.save_on_signal import SaveOnSignal
 from sat_lightning.training.diagnosis import find_culprit
 from sat_lightning.training.finite import gather_objects
-from sat_lightning.training.guard import BadBatch, StepGuard
+from sat_lightning.training.guard import StepGuard
 from sat_lightning.training.progress import DataProgress
 from sat_lightning.training.runs import is_trial, logged_step, run_folder
+from sat_lightning.training.verdict import BadBatch
 
 _FEWEST_BATCHES = 100  # of which `max_fraction` is taken: a fraction of a run's first batches says little
 _STEPS_PER_SCALE, _LOWEST_SCALE = 50, 1e-3  # a scale begins at 65536 and is halved by each overflow
@@ -95,7 +97,9 @@ class SkipNonFinite(L.Callback):
         if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
             raise ConfigError("SkipNonFinite: LBFGS computes a batch several times a step. Use another optimizer.")
         self._trainer = trainer
-        self._guard = StepGuard(trainer, self.check_metrics, self.check_gradients, self._leave_out)
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        messenger = next((callback for callback in callbacks if isinstance(callback, SaveOnSignal)), None)
+        self._guard = StepGuard(trainer, self.check_metrics, self.check_gradients, self._leave_out, messenger)
         self._guard.attach(self._saved)
 
     def on_train_batch_start(
