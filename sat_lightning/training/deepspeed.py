@@ -32,7 +32,7 @@ from sat_lightning.training.zero_config import (
     zero_section,
 )
 from sat_lightning.training.zero_facts import gather_facts, restore_environment
-from sat_lightning.training.zero_norm import merge_norms
+from sat_lightning.training.zero_groups import join_groups
 
 _DEFAULT_OPTIONS = ZeroOptions()
 _TIMEOUT = timedelta(minutes=30)
@@ -226,7 +226,7 @@ class SATDeepSpeedStrategy(DeepSpeedStrategy):
         trained, inner = [p for p in module.parameters() if p.requires_grad], schedule and schedule.scheduler
         engine, engine_optimizer = self._initialize(module, optimizer, inner, trained, self.config)[:2]
         self.model, self.optimizers = engine, [engine_optimizer]
-        merge_norms(engine_optimizer)
+        join_groups(engine_optimizer)
         engine_schedule, engine.lr_scheduler = engine.lr_scheduler, None  # the Trainer steps it
         if engine_schedule is not None:
             schedule = schedule or LRSchedulerConfig(engine_schedule, interval="step")

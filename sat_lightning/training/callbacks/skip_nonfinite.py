@@ -24,12 +24,16 @@ _NUM_WARNINGS = 5  # further ones are only in the file
 class SkipNonFinite(L.Callback):
     """Leave out batches whose loss, metrics or gradients are not finite, on all ranks together.
 
-    Before each backward pass the ranks agree whether the loss, and what else the training step gives, is finite
-    everywhere. Where it is not, no rank calls backward: weights, optimizer, schedule, loss scale, `global_step`, random
-    numbers, BatchNorm's buffers and the window of accumulated batches are as if the batch had not been there, and the
-    window is completed with the next good batch. What the batch logged is dropped. A gradient that is not finite spoils
-    its whole window, which is then dropped; under a loss scale (fp16) that is left to the scaler. It works with any
-    module under automatic optimization. Callbacks see a left-out batch with `outputs` of `{}`.
+    In each batch the ranks agree whether the loss, and what else the training step gives, is finite everywhere. Where
+    it is not, no rank steps: weights, optimizer, schedule, loss scale, `global_step`, random numbers, BatchNorm's
+    buffers and the window of accumulated batches are as if the batch had not been there, and the window is completed
+    with the next good batch. What the batch logged is dropped. A gradient that is not finite spoils its whole window,
+    which is then dropped; under a loss scale (fp16) that is left to the scaler. It works with any module under
+    automatic optimization. Callbacks see a left-out batch with `outputs` of `{}`.
+
+    The ranks agree before the backward pass, which no rank then begins. Only if a window is a single batch, gradients
+    are looked at without DeepSpeed, and nothing could keep what a backward pass of NaN computes (hooks of the module or
+    of callbacks, compression of gradients, fp8), they agree on loss and gradients together, right after it.
 
     Logged is `skipped_batches`, the number so far; written is one line of JSON for each to `skipped_batches.jsonl` in
     the run's folder: where it was, what was found on which rank, and the samples, if a `SATDataModule` knows them. A
@@ -40,8 +44,9 @@ class SkipNonFinite(L.Callback):
         max_fraction: more than this part of all batches so far, or of 100 if there were fewer, ends the run.
         check_metrics: also look at the metrics of a `SATLightningModule`, or at the scalars beside the loss in a
             dictionary that the training step returns.
-        check_gradients: also look at the gradients before each optimizer step, which costs a second wait for the
-            device in batches that step.
+        check_gradients: also look at the gradients before each optimizer step. Under ZeRO 1 to 3 that is done with
+            the norm that DeepSpeed reads anyway. Elsewhere the host waits for the device once in each batch, for loss
+            and gradients together, and where gradients are accumulated a second time in the batches that step.
         diagnose: before the run ends, compute the last batch once more to name the first module and tensor.
         file_name: of the list.
 
@@ -125,7 +130,9 @@ class SkipNonFinite(L.Callback):
     ) -> None:
         """Show the count where it changed."""
         if self._has_left_out:
-            pl_module.log("skipped_batches", float(self.num_skipped), prog_bar=True, logger=False, batch_size=1)
+            pl_module.log("skipped_batches", float(self.num_skipped), logger=False, batch_size=1)
+            # With prog_bar=True Lightning would read it from the device, and wait for it, after every later batch too.
+            trainer._logger_connector._progress_bar_metrics["skipped_batches"] = float(self.num_skipped)
         else:
             self.num_consecutive = 0
         self._has_left_out = False

@@ -1,0 +1,147 @@
+"""What a step makes ranks wait for, counted: collective operations, and reads of tensors that lie on a device."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+
+from sat_lightning.training import SkipNonFinite
+from tests.cost_counter import StepCosts, counting
+from tests.guard_examples import Stranger, fit, make_batches, make_guarded_task
+
+ROOT = Path(__file__).resolve().parents[1]
+STRATEGIES = ("ddp", "zero_0", "zero_1", "zero_2", "zero_3")
+CASES = [
+    *({"strategy": strategy, "what": what} for strategy in STRATEGIES for what in ("minimal", "ours", "guarded")),
+    {"strategy": "zero_2", "what": "minimal", "clip": 0.5, "accumulate": 2},
+    {"strategy": "zero_2", "what": "guarded", "clip": 0.5, "accumulate": 2},
+    {"strategy": "zero_2", "what": "guarded", "precision": "bf16-mixed"},
+    {"strategy": "zero_2", "what": "guarded", "log_every": 5},
+]
+ASK, STOP, NORM = "all_reduce in finite.read_highest", "all_reduce in finite.exchange", "cpu in zero_groups.norm"
+LIGHTNING_ASKS = "broadcast in training_epoch_loop._broadcast_sigterm_tensor"
+GATHER = "all_gather_into_tensor in zero_groups.gather_groups"
+READ = "tolist in finite.read_highest"
+
+
+def name_of(case: dict[str, Any]) -> str:
+    return "-".join(str(value) for value in case.values())
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What rank 0 counted, per batch; the other one counts the same."""
+    folder = tmp_path_factory.mktemp("costs")
+    (folder / "cases.json").write_text(json.dumps([{**case, "name": name_of(case)} for case in CASES]))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
+    command = [sys.executable, "-m", "tests.cost_worker", str(folder / "cases.json"), str(folder / "results.json")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr[-4000:]
+    ranks = [json.loads((folder / f"results.{rank}").read_text()) for rank in (0, 1)]
+    assert not [result["error"] for result in ranks[0].values() if "error" in result]
+    assert ranks[0] == ranks[1]
+    return ranks[0]
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_guard_and_signals_are_one_small_collective_in_place_of_lightnings(found: Any, strategy: str) -> None:
+    minimal, ours, guarded = (dict(found[f"{strategy}-{w}"]["collectives"]) for w in ("minimal", "ours", "guarded"))
+    assert minimal.pop(LIGHTNING_ASKS) == 1
+    assert ours.pop(STOP) == 1 and ours == minimal
+    assert guarded.pop(ASK) == 1 and guarded == minimal
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_guard_signals_and_monitor_read_once(found: Any, strategy: str) -> None:
+    # A rank reads what others answered a batch ago; and under ZeRO 1 to 3 the norm, in DeepSpeed's place.
+    of_zero = {NORM: 1} if strategy in ("zero_1", "zero_2", "zero_3") else {}
+    assert found[f"{strategy}-minimal"]["reads"] == of_zero
+    assert found[f"{strategy}-ours"]["reads"] == {"__int__ in finite.read": 1, **of_zero}
+    assert found[f"{strategy}-guarded"]["reads"] == {READ: 1, **of_zero}
+
+
+@pytest.mark.timeout(1200)
+def test_an_accumulated_batch_is_asked_about_once(found: Any) -> None:
+    minimal, guarded = (dict(found[f"zero_2-{what}-0.5-2"]["collectives"]) for what in ("minimal", "guarded"))
+    assert minimal.pop(LIGHTNING_ASKS) == guarded.pop(ASK) == 1 and guarded == minimal
+    assert found["zero_2-guarded-0.5-2"]["reads"] == {READ: 1, NORM: 0.5}
+
+
+@pytest.mark.timeout(1200)
+def test_all_groups_are_one_norm_and_one_gather(found: Any) -> None:
+    """A task has two parameter groups, with and without weight decay."""
+    for name in ("zero_1-guarded", "zero_2-guarded", "zero_2-guarded-bf16-mixed"):
+        collectives = dict(found[name]["collectives"])
+        assert [collectives.pop(kind) for kind in (ASK, "all_reduce in zero_groups.norm", GATHER)] == [1, 1, 1]
+        assert collectives == {"all_reduce in torch.all_reduce": 1}  # the gradients
+
+
+@pytest.mark.timeout(1200)
+def test_what_is_logged_is_gathered_once_for_all(found: Any) -> None:
+    quiet, logged = (found[f"zero_2-guarded{end}"]["collectives"] for end in ("", "-5"))
+    assert {name: round(5 * number) for name, number in logged.items() if number != quiet.get(name)} == {
+        "all_reduce in finite.sum_over_ranks": 1,  # the means of the module
+        "all_gather in functional.forward": 1,  # the rates of the monitor
+    }
+
+
+class WithHook(Stranger):
+    """Looks at each batch before its backward pass, so that none may be bad."""
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        assert torch.isfinite(loss.detach()).all()
+
+
+@pytest.mark.parametrize("make", [Stranger, make_guarded_task])
+@pytest.mark.parametrize(("accumulate", "checks", "reads"), [(1, True, 1.0), (1, False, 1.0), (2, True, 1.5)])
+def test_one_process_reads_once(make: Any, accumulate: int, checks: bool, reads: float, tmp_path: Path) -> None:
+    with counting(StepCosts()) as costs:
+        guard = SkipNonFinite(check_gradients=checks)
+        fit(make(), make_batches(16), tmp_path, callbacks=[guard, costs], accumulate_grad_batches=accumulate)
+    assert costs.per_step(costs.reads) == {READ: reads}
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_hook_on_the_backward_pass_sees_no_bad_loss_and_costs_a_read(what: str, tmp_path: Path) -> None:
+    with counting(StepCosts()) as costs:
+        guard = SkipNonFinite()
+        fit(WithHook(), make_batches(16, (2,), what), tmp_path, callbacks=[guard, costs])
+    assert guard.num_skipped == 1 and costs.per_step(costs.reads) == {READ: 2}
+
+
+def test_after_a_bad_batch_no_more_is_read(tmp_path: Path) -> None:
+    class Reads(L.Callback):
+        """Counts what anybody reads in a batch, Lightning too."""
+
+        def __init__(self) -> None:
+            self.number, self.by_batch = 0, {}
+
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            self.by_batch[batch_idx] = self.number
+
+    reads, item = Reads(), Tensor.item
+
+    def counted(self: Tensor) -> Any:
+        reads.number += 1
+        return item(self)
+
+    Tensor.item = counted
+    try:
+        trainer = fit(make_guarded_task(), make_batches(12, (4,)), tmp_path, callbacks=[SkipNonFinite(), reads])
+    finally:
+        Tensor.item = item
+    per_batch = [reads.by_batch[number + 1] - reads.by_batch[number] for number in (2, 8, 9)]
+    assert per_batch[0] == per_batch[1] == per_batch[2]
+    assert trainer.progress_bar_metrics["skipped_batches"] == 1.0
+    assert trainer.callback_metrics["skipped_batches"] == 1.0
