@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from sat_lightning.errors import CheckpointError
-from sat_lightning.training import EMA, ExactResume, SATDataModule, find_resume_checkpoint
+from sat_lightning.training import EMA, ExactResume, SATDataModule, SkipNonFinite, find_resume_checkpoint
 from sat_lightning.training import checkpoints as checkpoints_module
 from sat_lightning.training.metrics_file import continue_files
 from tests.training_examples import counting_rows, make_model, make_task
@@ -47,6 +47,7 @@ DEFAULTS: dict[str, Any] = {
     "signal_at": None,  # [signal, "train" or "val", number of the batch]; rank 1 alone receives it, if there is one
     "environment": {},
     "ema": False,
+    "guard": False,
     "plain": False,  # a stranger's module and data instead of ours
 }
 
@@ -175,6 +176,8 @@ def train(settings: dict[str, Any]) -> None:
     run.parent.mkdir(parents=True, exist_ok=True)
     os.chdir(run.parent)
     module, data, callbacks = make_parts(settings)
+    if settings["guard"]:
+        callbacks.append(SkipNonFinite())
     if settings["ema"]:
         callbacks.append(EMA(decay=0.9))
     if not settings["saver"].get("none"):

@@ -33,6 +33,10 @@ QUICK = [
     *(make_case(strategy, "loss-x3", "32-true", "stranger") for strategy in STRATEGIES),
     *(make_case(strategy, "gradient-x3", "32-true", "ours") for strategy in STRATEGIES[::2]),
     *(make_case(strategy, "gradient-x1", "32-true", "stranger") for strategy in STRATEGIES[1::2]),
+    # Asked once, after the backward pass.
+    make_case("ddp", "loss-x1", "32-true", "ours"),
+    make_case("ddp", "loss-x1", "32-true", "stranger"),
+    make_case("zero_0", "loss-x1", "32-true", "stranger"),
 ]
 #: fp16 with a loss scale that adapts.
 HALF = [

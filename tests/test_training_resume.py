@@ -75,6 +75,10 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         {"ranks": 2, "accumulate": 2, "validate_every": 3, "max_steps": 5, "saver": {"none": True}},
         [{"signal_at": [15, "val", 301]}, {"signal_at": [12, "train", 7]}],
     ),
+    "a signal to one of two ranks, told with the guard's question": (
+        {"ranks": 2, "accumulate": 2, "validate_every": 3, "max_steps": 4, "saver": {"none": True}, "guard": True},
+        [{"signal_at": [12, "train", 5]}],
+    ),
     "two ranks": ({"ranks": 2, "max_steps": 9, "log_every": 2, "saver": {"every_n_train_steps": 3}}, [{"kill_at": 8}]),
 }
 

@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -14,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sat_lightning.training import SkipNonFinite
+from sat_lightning.training import SkipNonFinite, zero_groups
+from sat_lightning.training.zero_groups import join_groups
 from tests.cost_counter import StepCosts, counting
 from tests.guard_examples import Stranger, fit, make_batches, make_guarded_task
 
@@ -96,13 +99,6 @@ def test_what_is_logged_is_gathered_once_for_all(found: Any) -> None:
     }
 
 
-class WithHook(Stranger):
-    """Looks at each batch before its backward pass, so that none may be bad."""
-
-    def on_before_backward(self, loss: Tensor) -> None:
-        assert torch.isfinite(loss.detach()).all()
-
-
 @pytest.mark.parametrize("make", [Stranger, make_guarded_task])
 @pytest.mark.parametrize(("accumulate", "checks", "reads"), [(1, True, 1.0), (1, False, 1.0), (2, True, 1.5)])
 def test_one_process_reads_once(make: Any, accumulate: int, checks: bool, reads: float, tmp_path: Path) -> None:
@@ -112,12 +108,53 @@ def test_one_process_reads_once(make: Any, accumulate: int, checks: bool, reads:
     assert costs.per_step(costs.reads) == {READ: reads}
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_hook_on_the_backward_pass_sees_no_bad_loss_and_costs_a_read(what: str, tmp_path: Path) -> None:
-    with counting(StepCosts()) as costs:
-        guard = SkipNonFinite()
-        fit(WithHook(), make_batches(16, (2,), what), tmp_path, callbacks=[guard, costs])
-    assert guard.num_skipped == 1 and costs.per_step(costs.reads) == {READ: 2}
+class LooksBefore(Stranger):
+    """Looks at each batch before its backward pass, so that none may be bad."""
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        assert torch.isfinite(loss.detach()).all()
+
+
+class LooksInside(Stranger):
+    """Keeps what a backward pass comes to, so that no loss may be bad."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last.register_full_backward_hook(self.look)
+
+    def look(self, module: Any, inputs: Any, outputs: tuple[Tensor]) -> None:
+        assert torch.isfinite(outputs[0]).all()
+
+
+class StepsItself(Stranger):
+    """Runs a batch without a step now and then, which is its own affair."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        optimizer.step(closure=optimizer_closure)
+
+
+class LooksAfter(L.Callback):
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        assert all(torch.isfinite(p.grad).all() for p in pl_module.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments"),
+    [
+        (LooksBefore, {}),
+        (LooksInside, {}),
+        (StepsItself, {}),
+        (Stranger, {"callbacks": [LooksAfter()]}),
+        (Stranger, {"detect_anomaly": True}),
+    ],
+    ids=["module", "tensor hook", "step", "callback", "anomaly"],
+)
+def test_who_would_see_a_bad_backward_pass_sees_none(make: Any, arguments: dict[str, Any], tmp_path: Path) -> None:
+    callbacks = [SkipNonFinite(), costs := StepCosts(), *arguments.pop("callbacks", [])]
+    with counting(costs):
+        fit(make(), make_batches(16, (2, 7)), tmp_path, callbacks=callbacks, **arguments)
+    assert callbacks[0].num_skipped == 2
+    assert costs.reads[READ] == 10 + 9  # a second time for the gradients of all but the bad one
 
 
 def test_after_a_bad_batch_no_more_is_read(tmp_path: Path) -> None:
@@ -145,3 +182,65 @@ def test_after_a_bad_batch_no_more_is_read(tmp_path: Path) -> None:
     assert per_batch[0] == per_batch[1] == per_batch[2]
     assert trainer.progress_bar_metrics["skipped_batches"] == 1.0
     assert trainer.callback_metrics["skipped_batches"] == 1.0
+
+
+@pytest.fixture
+def alone() -> Iterator[Any]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()
+
+
+def make_optimizer(group: Any, **changes: Any) -> Any:
+    """What is needed of an optimizer of ZeRO's."""
+    padding = torch.full((2,), 9.0)
+    padding._zero_padding = True
+    gradients = {0: [torch.full((4,), 1e25), padding], 1: [torch.full((5,), 1e25)]}
+    parts = {"scaled_global_norm": None, "step": None, "device": "cpu", "optimizer": None}
+    return SimpleNamespace(**{"averaged_gradients": gradients, "dp_process_group": group, **parts, **changes})
+
+
+def test_a_norm_is_finite_where_the_gradients_are(alone: Any) -> None:
+    """Their squares are not, in fp32."""
+    optimizer = make_optimizer(alone)
+    join_groups(optimizer)
+    assert optimizer.scaled_global_norm().item() == pytest.approx(3e25) and (3e25) ** 2 > torch.finfo().max
+    assert optimizer.scaled_global_norm().dtype is torch.float32
+    optimizer.averaged_gradients[1][0][3] = float("nan")
+    assert optimizer.scaled_global_norm().isnan()
+    optimizer.averaged_gradients = {0: None}
+    assert optimizer.scaled_global_norm() == 0
+
+
+@pytest.mark.parametrize("special", ["cpu_offload", "offload_optimizer", "has_moe_layers", "mpu"])
+def test_what_counts_otherwise_is_left_to_deepspeed(alone: Any, special: str) -> None:
+    optimizer = make_optimizer(alone, **{special: True})
+    join_groups(optimizer)
+    assert optimizer.scaled_global_norm is None
+
+
+@pytest.mark.parametrize(("few", "num_gathers"), [(200, 2), (100, 3), (7, 4)])
+def test_groups_are_gathered_together_if_they_are_small(
+    monkeypatch: pytest.MonkeyPatch, few: int, num_gathers: int
+) -> None:
+    """Of three ranks the second one, which has its own part of each of four groups."""
+    sizes, dtypes = (2, 3, 40, 2), (torch.float32,) * 3 + (torch.bfloat16,)
+    wanted = [torch.rand(3 * size).to(dtype) for size, dtype in zip(sizes, dtypes, strict=True)]
+    found = [torch.zeros_like(whole) for whole in wanted]
+    parts = [list(whole.view(3, -1)) for whole in found]
+    for part, whole in zip(parts, wanted, strict=True):
+        part[1].copy_(whole.view(3, -1)[1])
+    calls = []
+
+    def gather(whole: Tensor, part: Tensor, ranks: Any) -> None:
+        calls.append(part)
+        by_rank = [torch.cat([w.view(3, -1)[r] for w in wanted if w.dtype is part.dtype]) for r in range(3)]
+        start = next(s for s in range(len(by_rank[1])) if by_rank[1][s : s + len(part)].equal(part))
+        whole.copy_(torch.cat([of_rank[start : start + len(part)] for of_rank in by_rank]))
+
+    monkeypatch.setattr(zero_groups, "_FEW", few)
+    for name, function in (("get_rank", 1), ("get_world_size", 3)):
+        monkeypatch.setattr(torch.distributed, name, lambda ranks, value=function: value)
+    monkeypatch.setattr(torch.distributed, "all_gather_into_tensor", gather)
+    zero_groups.gather_groups(found, parts, [None] * 4)
+    assert all(map(torch.equal, found, wanted)) and len(calls) == num_gathers
