@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from sat_lightning.errors import ConfigError, InputError
-from sat_lightning.generation import BeamSearchStrategy, DecodingState, PlainBeamScoring
+from sat_lightning.generation import BeamSearchStrategy, DecodingState, PlainBeamScoring, generate
+from tests.families import FAMILIES
 from tests.hf_parity import randomise, to_ours
+from tests.test_generate import prompts_of
 from tests.test_strategies import ragged, table_model
 
 RECORDED = load_file(Path(__file__).parent / "data" / "generation_steps.safetensors")
@@ -282,3 +284,36 @@ def test_what_no_vocabulary_allows_is_refused():
         PlainBeamScoring(early_stopping="always")
     with pytest.raises(ConfigError, match=r"call strategy.start\(state\) before the first step"):
         BeamSearchStrategy(2).step(torch.randn(1, 5), DecodingState.create(torch.ones(1, 1), 2))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama3", "mistral", "glm-blank", "chatglm", "t5"])
+def test_with_a_cache_beams_are_those_without(name):
+    """`generate` reorders the cache, positions and the encoder's outputs with the beams."""
+    model, prompts = randomised(FAMILIES[name]), prompts_of(name)
+    strategy = BeamSearchStrategy(3, end_tokens=[3, 8, 15, 21], no_repeat_ngram_size=2, scoring=PlainBeamScoring(0.5))
+    sources = iter(())
+
+    @torch.no_grad()
+    def score_rows(rows):
+        if name == "t5":
+            source = torch.tensor([sources[0]]).expand(len(rows), -1)
+            return model(enc_input_ids=source, dec_input_ids=rows)[1][:, -1]
+        return torch.cat([model(row[row >= 0][None])[0][:, -1] for row in rows])
+
+    found = generate(model, prompts, strategy=strategy, max_new_tokens=10)
+    for prompt, result in zip(prompts, found, strict=True):
+        sources, begin = [prompt], [0] if name == "t5" else prompt
+        expected = search(strategy, score_rows, [begin], 10)[0]
+        texts = [result, *result.alternatives]
+        assert [text.tokens for text in texts] == [row[len(begin) :] for row, _ in expected]
+        assert_close(torch.tensor([t.score for t in texts]), torch.tensor([s for _, s in expected]), atol=1e-4, rtol=0)
+        assert all(text.finish == ("end" if text.tokens[-1] in strategy.end_tokens else "length") for text in texts)
+
+
+def randomised(family):
+    model = family.build(max_sequence_length=32).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model

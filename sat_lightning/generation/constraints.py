@@ -80,9 +80,9 @@ class Grammar:
         Raises:
             ConfigError: if nothing can end a row.
         """
-        if state.end_tokens is None:
+        if not state.end_ids:
             raise ConfigError("a grammar needs an end token, or a row could not stop where the text is whole.")
-        ends = state.end_tokens.tolist()
+        ends = list(state.end_ids)
         rows = [tuple(row) for row in state.tokens[:, state.prompt_length : state.length].tolist()]
         rows = [() if is_done else row for row, is_done in zip(rows, state.is_done.tolist(), strict=True)]
         matchers = self._advance(rows, state.extras.get(f"grammar {id(self)}", {}), ends[0])

@@ -159,7 +159,7 @@ def check_end_tokens(state: DecodingState, end_tokens: Sequence[int], vocab_size
     Raises:
         ConfigError: naming them and the vocabulary.
     """
-    known = {*end_tokens, *([] if state.end_tokens is None else state.end_tokens.tolist())}
+    known = {*end_tokens, *state.end_ids}
     outside = sorted(token for token in known if not 0 <= token < vocab_size)
     if outside:
         raise ConfigError(f"end tokens {outside} are outside the vocabulary of {vocab_size} tokens: no row can end so.")

@@ -251,6 +251,7 @@ class _SpeculativeBatch(_Batch):
             is_done=self.state.is_done[row : row + 1],
             extras=self.state.extras,
             end_tokens=self.state.end_tokens,
+            end_ids=self.state.end_ids,
         )
         return self.rules.process(logits.float(), view)
 

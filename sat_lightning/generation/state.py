@@ -52,6 +52,8 @@ class DecodingState:
     row of the newest step comes: the caller reorders its cache by it."""
     end_tokens: Tensor | None = None
     """`[number]` ids on the device that end a row, or None."""
+    end_ids: tuple[int, ...] = ()
+    """The same, where the host can read them."""
     seed: int | None = None
     """Of `uniforms`; None takes one from torch's global generator."""
     row_ids: tuple[int, ...] = ()
@@ -113,9 +115,8 @@ class DecodingState:
 
     def add_end_tokens(self, end_tokens: Sequence[int]) -> None:
         """Let these ids, too, end a row."""
-        if end_tokens:
-            more = torch.tensor(list(end_tokens), device=self.tokens.device)
-            self.end_tokens = more if self.end_tokens is None else torch.cat([self.end_tokens, more]).unique()
+        self.end_ids = tuple(sorted({*self.end_ids, *map(int, end_tokens)}))
+        self.end_tokens = torch.tensor(self.end_ids, device=self.tokens.device) if self.end_ids else None
 
     def draw_uniforms(self) -> None:
         """Make `uniforms` if there are none: those of a row depend on the seed and its row id, on nothing else."""
