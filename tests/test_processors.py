@@ -79,9 +79,10 @@ def test_bans_of_ragged_rows_are_those_of_each_row_alone(name):
 def test_ngrams_that_end_in_the_prompt_count_only_if_asked():
     logits, tokens = torch.zeros(1, V), torch.tensor([[1, 2, 1, 3, 4, 3, 1]])
     all_counted = processors.ban_repeated_ngrams(logits, tokens, 2)
-    generated = processors.ban_repeated_ngrams(logits, tokens, 2, first_column=3)  # 1 2 ends before, 1 3 does not
     assert all_counted[0].isinf().nonzero().flatten().tolist() == [2, 3]
-    assert generated[0].isinf().nonzero().flatten().tolist() == [3]
+    for first_column, banned in ((1, [2, 3]), (2, [3]), (3, [3]), (4, [])):  # 1 2 ends in column 1, 1 3 in column 3
+        generated = processors.ban_repeated_ngrams(logits, tokens, 2, first_column)
+        assert generated[0].isinf().nonzero().flatten().tolist() == banned
 
 
 def test_sat_penalty_divides_whatever_the_sign():
