@@ -350,12 +350,14 @@ class SatGreedy:
 
 
 class SatSubclass(BaseStrategy):
-    is_done = False
+    """Never the likeliest token of all."""
 
     def forward(self, logits, tokens, mems):
-        return torch.cat([tokens, logits.argmax(-1, keepdim=True)], dim=1), mems
+        likeliest = logits.argmax(-1, keepdim=True)
+        return super().forward(logits.scatter(1, likeliest, -1e4), tokens, mems, temperature=0.5)
 
     def finalize(self, tokens, mems):
+        super().finalize(tokens, mems)
         return {"tokens": tokens, "mems": mems}
 
 
@@ -366,9 +368,39 @@ def test_strategies_written_for_sat():
     tokens, found = filling_sequence(model, slots(), 2, strategy)
     assert torch.equal(tokens, expected) and len(strategy.seen) == 5
     assert_close(found, mems)
-    assert torch.equal(filling_sequence(model, slots(), 2, SatSubclass())["tokens"], expected)
+    second = filling_sequence(model, slots(), 2, SatSubclass(top_k=1))["tokens"]
+    with torch.no_grad():
+        scores = model(second, attention_mask="causal")[0]
+    for place in (4, 5, 8, 10, 11):
+        assert torch.equal(second[:, place], scores[:, place - 1].topk(2).indices[:, 1])
     with pytest.raises(ConfigError, match=r"strategy is a object: it has neither step\(logits, state\)"):
         filling_sequence(model, slots(), 2, object())
+
+
+def test_a_loop_written_for_sat():
+    """It feeds the model and asks the strategy itself; `forward` is `step` with a text in the place of a state."""
+    model = build()
+    model.add_mixin("auto-regressive", CachedAutoregressiveMixin())
+    expected = filling_sequence(model, slots([20, 29, 37, *[-1] * 6]), 1, BaseStrategy(top_k=1, repetition_penalty=2.0))
+    end = int(expected[0][0, 6])
+    strategy = BaseStrategy(top_k=1, repetition_penalty=2.0, end_tokens=[end])
+    for _ in range(2):
+        tokens, mems = torch.tensor([[20, 29, 37]]), None
+        while not strategy.is_done:
+            with torch.no_grad():
+                logits, *layers = model(tokens[:, 0 if mems is None else mems.shape[2] :], attention_mask=-1, mems=mems)
+            new = torch.stack([layer["mem_kv"] for layer in layers])
+            mems = new if mems is None else torch.cat([mems, new], dim=2)
+            tokens, mems = strategy.forward(logits[:, -1], tokens, mems)
+        tokens, mems = strategy.finalize(tokens, mems)
+        assert not strategy.is_done and torch.equal(tokens, expected[0][:, :7])
+    nothing = torch.full((2, 60), float("nan"))
+    with pytest.raises(InputError, match="step 0, row 0: the logits are NaN"):
+        strategy.forward(nothing, torch.tensor([[5], [6]]), None)
+    assert strategy.forward(nothing, torch.tensor([[5], [6]]), None, nan_default_token=9)[0].tolist() == [
+        [5, 9],
+        [6, 9],
+    ]
 
 
 def test_a_strategy_written_for_sat_begins_anew_in_each_call():

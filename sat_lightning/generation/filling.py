@@ -251,8 +251,13 @@ def _read_strategy(strategy: Any) -> tuple[Any, bool]:  # noqa: ANN401
             f"strategy is a {type(strategy).__name__}: it has neither step(logits, state), as a BaseStrategy, nor "
             "SAT's forward(logits, tokens, mems)."
         )
-    is_sat_style = has_forward and (isinstance(strategy, BaseStrategy) or not has_step)
-    return (copy.copy(strategy), True) if is_sat_style else (strategy, False)
+    is_ours = isinstance(strategy, BaseStrategy)
+    if not (type(strategy).forward is not BaseStrategy.forward if is_ours else has_forward and not has_step):
+        return strategy, False
+    strategy = copy.copy(strategy)
+    if is_ours:
+        strategy.forget()
+    return strategy, True
 
 
 def _expand(prompt: Tensor, num_rows: int) -> Tensor:

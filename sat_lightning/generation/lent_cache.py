@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from sat_lightning.generation.runner import LastTokenMixin
 from sat_lightning.hooks import HookTable, resolve_hooks
 from sat_lightning.mixins import CachedAutoregressiveMixin
-from sat_lightning.model import BaseModel
+from sat_lightning.model import BaseMixin, BaseModel
 
 #: The name under which SAT's users add the cache.
 CACHE_NAME = "auto-regressive"
@@ -16,6 +17,8 @@ CACHE_NAME = "auto-regressive"
 
 class LentCache:
     """A model's hooks with a cache among them, for the time of a call only: between two calls the model is its own.
+
+    Of a text that is fed only the last token is scored.
 
     Args:
         model: one without a cache of its own gets one; one that is no `BaseModel` is left alone.
@@ -49,8 +52,9 @@ class LentCache:
     @staticmethod
     def _with_cache(model: BaseModel) -> HookTable:
         mixins = dict(model.mixins.items())
-        if CACHE_NAME in mixins or any(isinstance(mixin, CachedAutoregressiveMixin) for mixin in mixins.values()):
-            return model.hooks
-        cache = CachedAutoregressiveMixin()
-        object.__setattr__(cache, "transformer", model.transformer)
-        return resolve_hooks(model.transformer, model, {**mixins, CACHE_NAME: cache})
+        lent: dict[str, BaseMixin] = {"generation-last-token": LastTokenMixin()}
+        if CACHE_NAME not in mixins and not any(isinstance(x, CachedAutoregressiveMixin) for x in mixins.values()):
+            lent[CACHE_NAME] = CachedAutoregressiveMixin()
+        for mixin in lent.values():
+            object.__setattr__(mixin, "transformer", model.transformer)
+        return resolve_hooks(model.transformer, model, {**mixins, **lent})

@@ -15,11 +15,12 @@ from torch import Tensor
 from sat_lightning.errors import ConfigError
 from sat_lightning.generation.rules import LogitsRules, check_end_tokens
 from sat_lightning.generation.sampling import draw_token
+from sat_lightning.generation.sat_contract import SatContract
 from sat_lightning.generation.state import DecodingState, Hypothesis, read_rows
 
 
 @dataclass(eq=False)
-class BaseStrategy(LogitsRules):
+class BaseStrategy(SatContract, LogitsRules):
     """Sampling with temperature, top-k and top-p, or greedy; the positional arguments are SAT's.
 
     More settings, by keyword, are those of `LogitsRules`.
@@ -84,9 +85,13 @@ class BaseStrategy(LogitsRules):
             next_tokens = draw_token(self.filter(logits), state.uniforms[:, state.num_generated])
         return next_tokens, state
 
-    def finalize(self, state: DecodingState) -> list[list[Hypothesis]]:
-        """Take the results: for each row a list of one text."""
-        return [[Hypothesis(row)] for row in read_rows(state)]
+    def finalize(self, state: Any, mems: Any = None) -> Any:  # noqa: ANN401
+        """Take the results of a state: for each row a list of one text; `finalize(tokens, mems)` is SAT's."""
+        if isinstance(state, Tensor):
+            self.forget()
+            return state, mems
+        results: list[list[Hypothesis]] = [[Hypothesis(row)] for row in read_rows(state)]
+        return results
 
 
 def greedy(**settings: Any) -> BaseStrategy:
