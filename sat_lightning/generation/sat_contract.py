@@ -48,26 +48,29 @@ class SatContract:
         Returns:
             Tokens `[b, t + 1]`, and `mems`.
         """
-        strategy: Any = self
-        notes = vars(self)
-        context_length = notes.setdefault("context_length", tokens.shape[1])
-        if temperature is not None:
-            strategy = copy.copy(strategy)
-            strategy.temperature = temperature
+        context_length = vars(self).setdefault("context_length", tokens.shape[1])
         if nan_default_token is not None:
-            default = torch.full_like(logits, -1000.0)
-            default[:, nan_default_token] = 0
+            default = torch.full_like(logits, -1000.0).index_fill(1, tokens.new_tensor([nan_default_token]), 0.0)
             logits = torch.where(logits.isnan().any(-1, keepdim=True), default, logits)
-        state = DecodingState.create(tokens[:, :context_length], tokens.shape[1] - context_length + 1)
-        state.tokens[:, : tokens.shape[1]] = tokens
-        state.length = tokens.shape[1]
-        next_tokens, state = strategy.step(logits, strategy.start(state))
-        state.all_done()
-        if len(next_tokens) == 1 and int(next_tokens) in (strategy.end_tokens or ()):
-            notes["_is_done"] = True
+        next_tokens = _step(self, logits, tokens, context_length, temperature)
+        if len(next_tokens) == 1 and int(next_tokens) in (getattr(self, "end_tokens", None) or ()):
+            vars(self)["_is_done"] = True
         return torch.cat([tokens, next_tokens[:, None]], dim=1), mems
 
     def forget(self) -> None:
         """Drop the notes of `forward`: the next call begins a new text."""
         for note in _NOTES:
             vars(self).pop(note, None)
+
+
+def _step(strategy: Any, logits: Tensor, tokens: Tensor, context_length: int, temperature: float | None) -> Tensor:  # noqa: ANN401
+    """Choose the next tokens `[b]` behind a text, in a state that is made for this one step."""
+    if temperature is not None:
+        strategy = copy.copy(strategy)
+        strategy.temperature = temperature
+    length = tokens.shape[1]
+    state = DecodingState.create(tokens[:, :context_length], length - context_length + 1)
+    state.tokens[:, :length], state.length = tokens, length
+    next_tokens, state = strategy.step(logits, strategy.start(state))
+    state.all_done()
+    return next_tokens
