@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sat_lightning.data import IGNORED_TARGET
+from sat_lightning.generation.perplexity import token_losses
 from sat_lightning.training.module import SATLightningModule
 from sat_lightning.training.steps import Step
 
@@ -50,10 +51,9 @@ class LanguageModelingTask(SATLightningModule):
             `loss`, the mean cross entropy of each row in nats per token (NaN without targets), and `num_targets`, both
             `[b]`.
         """
-        inputs = {name: value for name, value in batch.items() if name != "target_ids"}
+        inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "target_ids"}
         target_ids = batch["target_ids"]
-        logits = self._built_model()(**inputs)[0].float()
-        losses = F.cross_entropy(logits.transpose(1, 2), target_ids, ignore_index=IGNORED_TARGET, reduction="none")
+        losses = token_losses(self._built_model(), target_ids=target_ids, **inputs)
         num_targets = (target_ids != IGNORED_TARGET).sum(1)
         return {"loss": losses.sum(1) / num_targets, "num_targets": num_targets}
 

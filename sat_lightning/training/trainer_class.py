@@ -8,11 +8,13 @@ from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_warn
 
 from sat_lightning.errors import SatError, UsageError
+from sat_lightning.training.callbacks.predictions import PredictionWriter
 from sat_lightning.training.initialise import init_from
 from sat_lightning.training.module import SATLightningModule
 from sat_lightning.training.refusals import explain_refusal
@@ -61,6 +63,10 @@ class TrainerCLI(LightningCLI):
             said = yaml.safe_load(self._parser(subcommand).dump(config, skip_none=False))
             begin_resume(self.plan, self.trainer, said)
             arguments["ckpt_path"] = self.plan.checkpoint
+        if subcommand == "predict" and arguments.get("return_predictions") is None:
+            writers = [each for each in self.trainer.callbacks if isinstance(each, BasePredictionWriter)]  # type: ignore[attr-defined]
+            # What is written batch by batch need not be kept.
+            arguments["return_predictions"] = any(each.interval.on_epoch for each in writers)
         if config.get("init_from") and (self.plan is None or not self.plan.has_base):
             init_from(self.model, config["init_from"])
         elif subcommand != "fit" and not arguments.get("ckpt_path"):
@@ -80,11 +86,15 @@ class TrainerCLI(LightningCLI):
             self.config[self.subcommand]["weights_only"] = True
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:  # noqa: ANN401
-        """Leave Lightning's table of parameters out where ours is shown."""
+        """Leave Lightning's table of parameters out where ours is shown, and have predictions written."""
         is_unsaid = self.config[self.subcommand]["trainer"].get("enable_model_summary") is None
         if is_unsaid and isinstance(self.model, SATLightningModule):
             kwargs["enable_model_summary"] = False  # ours prints a table of its own
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if self.subcommand == "predict" and not any(isinstance(each, BasePredictionWriter) for each in callbacks):
+            callbacks.append(PredictionWriter())  # nobody would see what was predicted
+        return trainer
 
     def instantiate_classes(self) -> None:
         """Pass a class's own refusal on, unwrapped."""

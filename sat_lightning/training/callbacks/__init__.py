@@ -7,6 +7,7 @@ from sat_lightning.training.callbacks.export_model import ExportModel
 from sat_lightning.training.callbacks.gradient_norm import GradientNorm
 from sat_lightning.training.callbacks.mixture import MixtureMonitor
 from sat_lightning.training.callbacks.monitor import RunMonitor
+from sat_lightning.training.callbacks.predictions import PredictionWriter
 from sat_lightning.training.callbacks.progress import TrainingProgressBar
 from sat_lightning.training.callbacks.sample import SampleText
 from sat_lightning.training.callbacks.save_on_signal import SaveOnSignal
@@ -20,6 +21,7 @@ __all__ = [
     "GradientNorm",
     "ExportModel",
     "MixtureMonitor",
+    "PredictionWriter",
     "RunMonitor",
     "SampleText",
     "SaveOnSignal",
