@@ -99,11 +99,22 @@ def test_frequency_counts_each_time_and_presence_once():
 
 @pytest.mark.parametrize("top_k", [1, 5, 30, 31, 200])
 @pytest.mark.parametrize("top_p", [0.01, 0.6, 0.99, 1.0])
-def test_top_k_and_top_p_together_equal_one_after_the_other(top_k, top_p):
+def test_candidates_equal_one_filter_after_the_other(top_k, top_p):
+    strategy = BaseStrategy(top_k=top_k, top_p=top_p, min_p=0.02, typical_p=0.95)
     for seed in range(5):
         logits, _ = random_case(seed)
         expected = processors.keep_top_p(processors.keep_top_k(logits, top_k), top_p)
-        assert torch.equal(processors.keep_top_k_top_p(logits, top_k, top_p), expected)
+        expected = processors.keep_typical(processors.keep_min_p(expected, 0.02), 0.95)
+        assert torch.equal(strategy.filter(logits), expected)
+        kept, places = strategy.candidates(logits)
+        if top_k < V:
+            assert kept.shape == (ROWS, top_k) and (places.diff(dim=1) > 0).all()
+            assert torch.equal(expected.gather(1, places), kept)
+
+
+def test_of_equal_logits_no_more_than_top_k_are_drawn():
+    strategy = BaseStrategy(top_k=3)
+    assert strategy.filter(torch.zeros(2, V)).isfinite().sum(1).tolist() == [3, 3]
 
 
 def test_off_means_untouched():
@@ -153,7 +164,8 @@ def test_all_rules_together_equal_the_parts_one_by_one(dtype):
     x = PAIRS["bad words"][1](tokens, x)
     x = processors.ban_repeated_ngrams(x, tokens, 2, first_column=PROMPT)
     assert_close(strategy.process(logits, state), x)
-    x = processors.keep_typical(processors.keep_min_p(processors.keep_top_k_top_p(x, 20, 0.95), 0.01), 0.97)
+    x = processors.keep_top_p(processors.keep_top_k(x, 20), 0.95)
+    x = processors.keep_typical(processors.keep_min_p(x, 0.01), 0.97)
     drawn = draw_token(x, state.uniforms[:, LENGTH - PROMPT])
     assert torch.equal(strategy.step(logits.to(dtype), state)[0], drawn)
 

@@ -53,16 +53,6 @@ def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
     return logits.masked_fill(torch.zeros_like(is_removed).scatter(-1, indices, is_removed), -torch.inf)
 
 
-def keep_top_k_top_p(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Do `keep_top_k` and then `keep_top_p`, sorting only what the first keeps (of equal ones at its edge, `top_k`)."""
-    if not (0 < top_k < logits.shape[-1] and 0 < top_p < 1):
-        return keep_top_p(keep_top_k(logits, top_k), top_p)
-    ordered, indices = logits.topk(top_k)
-    probs = ordered.softmax(-1)
-    kept = ordered.masked_fill(probs.cumsum(-1) - probs >= top_p, -torch.inf)
-    return torch.full_like(logits, -torch.inf).scatter(-1, indices, kept)
-
-
 def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
     """Keep tokens at least `min_p` times as likely as the likeliest; 0 keeps all.
 

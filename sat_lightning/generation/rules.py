@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sat_lightning.errors import ConfigError
@@ -132,10 +133,26 @@ class LogitsRules(SatSettings):
             return logits.where(~is_short, logits.index_fill(-1, state.end_tokens, -math.inf))
         return logits
 
+    def candidates(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Keep only what may be drawn: top-k (of equal ones at its edge no more), top-p, min-p, typical.
+
+        Args:
+            logits: `[b, v]`.
+
+        Returns:
+            Logits `[b, k]`, -inf where not kept, and their ids in ascending order; None for the whole vocabulary.
+        """
+        places = None
+        if 0 < self.top_k < logits.shape[-1]:
+            places = logits.topk(self.top_k, sorted=False).indices.sort(dim=-1).values
+            logits = logits.gather(-1, places)
+        logits = processors.keep_min_p(processors.keep_top_p(logits, self.top_p), self.min_p)
+        return processors.keep_typical(logits, self.typical_p), places
+
     def filter(self, logits: Tensor) -> Tensor:
-        """Keep only the candidates: top-k, top-p, min-p, typical."""
-        logits = processors.keep_top_k_top_p(logits, self.top_k, self.top_p)
-        return processors.keep_typical(processors.keep_min_p(logits, self.min_p), self.typical_p)
+        """Do as `candidates`, in place in the vocabulary: `[b, v]`, -inf where not kept."""
+        kept, places = self.candidates(logits)
+        return kept if places is None else torch.full_like(logits, -torch.inf).scatter(-1, places, kept)
 
 
 def check_range(name: str, value: float, low: float, high: float = math.inf, *, is_open: bool = False) -> None:

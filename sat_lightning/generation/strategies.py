@@ -75,15 +75,24 @@ class BaseStrategy(SatContract, LogitsRules):
         if state.num_generated == 0:
             check_end_tokens(state, self.end_tokens or (), logits.shape[-1])
         logits = self.process(logits.float(), state)
-        best, next_tokens = logits.max(-1)
+        if self.is_greedy:
+            best, next_tokens = logits.max(-1)
+        else:
+            best, next_tokens = logits.amax(-1), self.draw(logits, state)
         state.note_best(best)
-        if not self.is_greedy:
-            if state.uniforms is None:
-                raise ConfigError(
-                    "this strategy draws, and the state has no uniforms: call strategy.start(state) first."
-                )
-            next_tokens = draw_token(self.filter(logits), state.uniforms[:, state.num_generated])
         return next_tokens, state
+
+    def draw(self, logits: Tensor, state: DecodingState) -> Tensor:
+        """Draw a token of each row from processed logits `[b, v]`; returns ids `[b]`.
+
+        Raises:
+            ConfigError: if `start` did not prepare the state.
+        """
+        if state.uniforms is None:
+            raise ConfigError("this strategy draws, and the state has no uniforms: call strategy.start(state) first.")
+        kept, ids = self.candidates(logits)
+        place = draw_token(kept, state.uniforms[:, state.num_generated])
+        return place if ids is None else ids.gather(1, place[:, None])[:, 0]
 
     def finalize(self, state: Any, mems: Any = None) -> Any:  # noqa: ANN401
         """Take the results of a state: for each row a list of one text; `finalize(tokens, mems)` is SAT's."""
