@@ -15,8 +15,9 @@ import torchmetrics
 from lightning.pytorch.plugins import MixedPrecision
 
 from sat_lightning.errors import ConfigError, NonFiniteError
-from sat_lightning.training import SkipNonFinite
+from sat_lightning.training import SATDeepSpeedStrategy, SkipNonFinite, ZeroOptions
 from sat_lightning.training.callbacks.curves import read_curves
+from sat_lightning.training.deepspeed import load_deepspeed
 from tests.guard_examples import Stranger, differing, fit, make_batches, make_guarded_task, state_of
 
 
@@ -287,6 +288,22 @@ def test_a_scaler_that_never_steps_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=r"the loss scale of fp16 has fallen to 5.8e-11 by global step 50: grad"):
         bad = make_batches(60, tuple(range(60)), "gradient")
         fit(Stranger(), bad, tmp_path, callbacks=SkipNonFinite(), plugins=plugin)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_scaler_of_deepspeed_that_never_steps_ends_the_run(
+    stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stage 0 goes on for ever by itself, and the others end in an exception that says nothing of a cure."""
+    device = load_deepspeed("cpu").accelerator.get_accelerator()
+    monkeypatch.setattr(device, "is_fp16_supported", lambda: True)
+    strategy = SATDeepSpeedStrategy(stage, options=ZeroOptions(initial_scale_power=3, hysteresis=1))
+    with pytest.raises(
+        NonFiniteError, match=r"the loss scale of fp16 has fallen to 1.0e\+00 by global step [34]: grad"
+    ):
+        bad = make_batches(20, tuple(range(20)), "gradient")
+        at = {"strategy": strategy, "precision": "16-mixed", "callbacks": SkipNonFinite()}
+        fit(make_guarded_task(), bad, tmp_path, **at)
 
 
 def test_gradients_of_other_precisions_are_looked_at(tmp_path: Path) -> None:

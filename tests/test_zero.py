@@ -54,14 +54,18 @@ def job(case: Case, name: str | None = None, **arguments: Any) -> dict[str, Any]
     return {"name": name or str(case), "case": asdict(case), **arguments}
 
 
-def run_in_processes(folder: Path, jobs: list[dict[str, Any]], num_ranks: int = 2) -> dict[str, Any]:
-    (folder / "jobs.json").write_text(json.dumps(jobs))
+def launch(module: str, *words: str) -> None:
+    """Run a module, whose Trainer starts the processes of the other ranks."""
     ours = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
     environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES} | ours
-    files = [str(folder / "jobs.json"), str(folder / "results.json")]
-    command = [sys.executable, "-m", "tests.zero_worker", *files, str(num_ranks)]
+    command = [sys.executable, "-m", module, *words]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+def run_in_processes(folder: Path, jobs: list[dict[str, Any]], num_ranks: int = 2) -> dict[str, Any]:
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    launch("tests.zero_worker", str(folder / "jobs.json"), str(folder / "results.json"), str(num_ranks))
     return json.loads((folder / "results.json").read_text())
 
 

@@ -59,16 +59,24 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def check(folder: Path, runs: list[subprocess.Popen]) -> None:
-    """They write to version_2; the same in this process alone, with twice the batch, to version_1."""
-    main([*CLI[2:], "--data.batch_size", "8", *CLIPPED, "--trainer.logger.version", "1"])
+def wait(runs: list[subprocess.Popen]) -> None:
     for run in runs:
         said, _ = run.communicate(timeout=600)
         assert run.returncode == 0, said
+
+
+def compare(folder: Path) -> None:
+    """What runs of two processes wrote to version_2 with this process alone, with twice the batch, in version_1."""
+    main([*CLI[2:], "--data.batch_size", "8", *CLIPPED, "--trainer.logger.version", "1"])
     for name, num_values in (("train_loss", 3), ("val_loss", 1), ("grad_norm", 3)):
         alone, found = (read_metric(folder / "runs" / "tiny" / f"version_{n}" / "metrics.csv", name) for n in (1, 2))
         assert len(alone) == num_values
         assert found == pytest.approx(alone, rel=2e-4), name
+
+
+def check(folder: Path, runs: list[subprocess.Popen]) -> None:
+    wait(runs)
+    compare(folder)
     (saved,) = (folder / "runs" / "tiny").glob("version_2/checkpoints/*.ckpt")
     assert (saved / "complete").is_file() and len(list(saved.glob("zero-*-of-00002.safetensors"))) == 2
 
@@ -86,3 +94,24 @@ def test_slurm_starts_two_processes_that_train_as_one(folder: Path) -> None:
     slurm |= {"SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1", "MASTER_PORT": free_port()}
     tasks = [{**slurm, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
     check(folder, [start(folder, [*CLI, *TWO, "--config", "zero.yaml"], **task) for task in tasks])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("strategy", ["ddp", "zero_3"])
+def test_two_nodes_train_and_resume_as_one(folder: Path, strategy: str) -> None:
+    """Each node, a torchrun of its own, has one process; the second half of the run resumes the first."""
+
+    def on_both(*words: str) -> list[subprocess.Popen]:
+        nodes = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1"]
+        nodes += ["--master-port", free_port()]
+        return [start(folder, [*nodes, "--node-rank", str(node), "-m", "sat_lightning", *words]) for node in range(2)]
+
+    nodes = ["--trainer.devices", "1", "--trainer.num_nodes", "2", "--trainer.strategy", strategy]
+    wait(on_both(*CLI[2:], *TWO, *nodes, "--trainer.max_steps", "2"))
+    run = Path("runs/tiny/version_2")
+    (saved,) = (folder / run / "checkpoints").glob("*.ckpt")
+    assert saved.is_dir() == (strategy == "zero_3")
+    assert len(list(saved.glob("zero-*-of-00002.safetensors"))) == 2 * saved.is_dir()
+    wait(on_both("fit", "--resume", str(run), "--trainer.max_steps", "3"))
+    compare(folder)

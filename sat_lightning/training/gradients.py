@@ -33,6 +33,19 @@ class GradientCheck:
             if getattr(optimizer, "compute_grad_norm", False) and not self.is_left_to_scaler:
                 # The norm that it takes anyway tells; it need not look at every gradient, and ask all ranks, before.
                 optimizer.check_overflow = lambda partition_gradients=True: None
+        scaler: Any = getattr(optimizer, "loss_scaler", None)
+        if hasattr(scaler, "raise_error_at_min_scale"):
+            scaler.raise_error_at_min_scale = False  # `stuck_scale` tells, under all stages
+
+    @property
+    def stuck_scale(self) -> float | None:
+        """DeepSpeed's loss scale, if it cannot fall further and gradients still overflow."""
+        optimizer: Any = getattr(self._engine, "optimizer", None)
+        if not getattr(optimizer, "overflow", False):
+            return None
+        scaler: Any = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
+        lowest = getattr(scaler, "min_scale", None) or getattr(scaler, "min_loss_scale", None)
+        return None if lowest is None or scaler.cur_scale > lowest else float(scaler.cur_scale)
 
     @property
     def is_left_to_scaler(self) -> bool:

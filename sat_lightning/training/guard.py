@@ -57,7 +57,8 @@ class StepGuard:
         self._strategy: Any = trainer.strategy
         self._loop: Any = trainer.fit_loop.epoch_loop
         self._on_left_out, self._checks_gradients = on_left_out, check_gradients
-        self._gradients = GradientCheck(trainer.strategy)
+        self.gradients = GradientCheck(trainer.strategy)
+        """Looks at the gradients of a window."""
         self._verdict = Verdict(trainer, check_metrics, messenger)
         self._rewind = StepRewind(self._module, trainer.strategy.root_device)
         self._originals: dict[str, Callable[..., Any]] = {}
@@ -99,8 +100,8 @@ class StepGuard:
         self._replace(self._module, "log", self._logs.log)
         self._verdict.carry(True)
         if self._checks_gradients:
-            self._gradients.prepare()
-            is_left = self._gradients.is_left_to_engine or self._gradients.is_left_to_scaler
+            self.gradients.prepare()
+            is_left = self.gradients.is_left_to_engine or self.gradients.is_left_to_scaler
             self._can_ask_once = not is_left and forgets_backward(self._trainer)
 
     def detach(self) -> None:
@@ -260,21 +261,21 @@ class StepGuard:
         model: Any = None,  # noqa: ANN401
         **kwargs: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
-        is_stepping = self._checks_gradients and not self._should_accumulate() and not self._gradients.is_left_to_scaler
+        is_stepping = self._checks_gradients and not self._should_accumulate() and not self.gradients.is_left_to_scaler
 
         def checked() -> Any:  # noqa: ANN401
             result = closure()
-            if is_stepping and not self._gradients.is_left_to_engine:
+            if is_stepping and not self.gradients.is_left_to_engine:
                 self._look_at_gradients(optimizer)
             return result
 
         result = self._originals["optimizer_step"](optimizer, checked, model, **kwargs)
-        if is_stepping and self._gradients.is_bad_after_step():
+        if is_stepping and self.gradients.is_bad_after_step():
             raise _LeftOut(self._bad_window())
         return result
 
     def _look_at_gradients(self, optimizer: Any) -> None:  # noqa: ANN401
-        flag = self._gradients.find_bad(optimizer)
+        flag = self.gradients.find_bad(optimizer)
         if self._undecided is None:
             is_bad_gradient = read_highest([flag])[0] > 0
         else:
@@ -288,8 +289,8 @@ class StepGuard:
             raise _LeftOut(self._bad_window())
 
     def _bad_window(self) -> BadBatch:
-        found = {"gradient": names} if (names := self._gradients.describe()) else {}
-        self._gradients.drop()
+        found = {"gradient": names} if (names := self.gradients.describe()) else {}
+        self.gradients.drop()
         self._rewind.restore(self._window_start)
         batches_ago = [self._num_begun - number for number in self.window]
         return BadBatch(found, batches_ago, partial(self._rerun, *self._latest), is_window=True)

@@ -177,10 +177,11 @@ class SkipNonFinite(L.Callback):
 
     def _check_loss_scale(self, trainer: L.Trainer) -> None:
         """A scaler leaves steps out for ever and says nothing; its scale tells, and is read only now and then."""
+        scale: float | None = None if self._guard is None else self._guard.gradients.stuck_scale
         scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
-        if scaler is None or trainer.global_step % _STEPS_PER_SCALE:
-            return
-        if (scale := scaler.get_scale()) < _LOWEST_SCALE:
+        if scaler is not None and trainer.global_step % _STEPS_PER_SCALE == 0:
+            scale = value if (value := scaler.get_scale()) < _LOWEST_SCALE else None
+        if scale is not None:
             raise NonFiniteError(
                 f"SkipNonFinite: the loss scale of fp16 has fallen to {scale:.1e} by global step "
                 f"{trainer.global_step}: gradients are not finite at any scale, and no step is made. Resume from a "
