@@ -70,6 +70,7 @@ METHODS: dict[str, Method] = {
     "prefix-mlp": Method(
         lambda c: mixins.PrefixTuningMixin(c, prefix_len=3, projection_size=8), starts_as_base=False
     ),
+    "prompt": Method(lambda c: mixins.PromptTuningMixin(c, prompt_len=3), starts_as_base=False),
     "adapter": Method(lambda c: mixins.AdapterMixin(c, adapter_hidden=4)),
     "adapter-parallel": Method(lambda c: mixins.AdapterMixin(c, adapter_hidden=4, is_parallel=True)),
     "ffadd": Method(lambda c: mixins.FFADDMixin(c, r=4)),

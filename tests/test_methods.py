@@ -163,12 +163,17 @@ def test_scale_and_switch(method):
             with pytest.raises(SatError, match="has no scale"):
                 mixin.scale = 0.5
             return
-        mixin.scale = 0.0
-        assert torch.equal(FAMILIES["bert"].run(model), expected)
-        mixin.scale = 1.0
+        if method == "prompt":
+            with pytest.raises(SatError, match="has no scale"):
+                mixin.scale = 0.0
+        else:
+            mixin.scale = 0.5
+            half = FAMILIES["bert"].run(model)
+            mixin.scale = 0.0
+            assert torch.equal(FAMILIES["bert"].run(model), expected)
+            assert not torch.equal(half, full) and not torch.equal(half, expected)
+            mixin.scale = 1.0
         mixin.disable()
         assert torch.equal(FAMILIES["bert"].run(model), expected)
         mixin.enable()
         assert torch.equal(FAMILIES["bert"].run(model), full)
-        mixin.scale = 0.5
-        assert not torch.equal(FAMILIES["bert"].run(model), full)

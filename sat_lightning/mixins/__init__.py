@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sat_lightning.mixins.patch_embedding import ImageConfig, PatchEmbeddingMixin, WholeTableMixin
     from sat_lightning.mixins.pooler import PoolerMixin
     from sat_lightning.mixins.prefix_tuning import PrefixTuningMixin, PTuningV2Mixin
+    from sat_lightning.mixins.prompt_tuning import PromptTuningMixin
     from sat_lightning.mixins.qk_norm import QKNormMixin
     from sat_lightning.mixins.relative_bias import RelativeBiasMixin
     from sat_lightning.mixins.rotary import RotaryMixin
@@ -33,33 +34,34 @@ if TYPE_CHECKING:
     from sat_lightning.mixins.tuning import TuningMixin
 
 __all__ = [
-    "TaskHeadsMixin",
-    "MLPHeadMixin",
-    "LayerNormTuningMixin",
-    "FFADDMixin",
-    "BitFitMixin",
     "AdapterMixin",
+    "BitFitMixin",
     "CachedAutoregressiveMixin",
     "DistilledClassifierMixin",
     "DoraMixin",
+    "FFADDMixin",
     "GatedMLPMixin",
     "IA3Mixin",
     "ImageConfig",
     "KeyValueCache",
     "LMHeadMixin",
+    "LayerNormTuningMixin",
     "LoRAMixin",
     "LocalAttentionMixin",
     "LoraMixin",
+    "MLPHeadMixin",
     "MaskedLMHeadMixin",
     "PTuningV2Mixin",
     "PastKeyValuesMixin",
     "PatchEmbeddingMixin",
     "PoolerMixin",
     "PrefixTuningMixin",
+    "PromptTuningMixin",
     "QKNormMixin",
     "RelativeBiasMixin",
     "RotaryMixin",
     "StaticCacheMixin",
+    "TaskHeadsMixin",
     "TokenTypesMixin",
     "TopKRoutingMixin",
     "TuningMixin",
@@ -86,6 +88,7 @@ _LAZY = {
     "patch_embedding": "ImageConfig PatchEmbeddingMixin WholeTableMixin",
     "pooler": "PoolerMixin",
     "prefix_tuning": "PTuningV2Mixin PrefixTuningMixin",
+    "prompt_tuning": "PromptTuningMixin",
     "qk_norm": "QKNormMixin",
     "relative_bias": "RelativeBiasMixin",
     "rotary": "RotaryMixin",

@@ -33,18 +33,26 @@ class PrefixTuningMixin(TuningMixin):
         prefix_len: n.
         projection_size: m. Keys and values then come out of an MLP over one embedding, which trains more evenly;
             `folded()` is the same prefix without it. Default: they are the parameters themselves.
+        first_position: where the positions of the sequence begin: n, where the prefix has those before, as in PEFT's
+            files for models with positions.
 
     Raises:
         ConfigError: for a length below 1, or sizes in the place of the configuration.
     """
 
-    def __init__(self, config: TransformerConfig, prefix_len: int = 16, projection_size: int | None = None) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        prefix_len: int = 16,
+        projection_size: int | None = None,
+        first_position: int = 0,
+    ) -> None:
         super().__init__()
         self.config = config
         if prefix_len < 1:
             raise ConfigError(f"prefix_len is {prefix_len}, it must be at least 1.")
         self.shape = (2, config.num_key_value_heads, prefix_len, config.head_size)
-        self.prefix_len = prefix_len
+        self.prefix_len, self.first_position = prefix_len, first_position
         init = normal_init(config.init_method_std)
         if projection_size is None:
             self.prefix = nn.ParameterList(nn.Parameter(torch.empty(self.shape)) for _ in range(config.num_layers))
@@ -52,6 +60,15 @@ class PrefixTuningMixin(TuningMixin):
                 init(prefix)
         else:
             self.projection = _Projection(config, prefix_len, projection_size)
+
+    @non_conflict
+    def word_embedding_forward(
+        self, input_ids: Tensor, output_cross_layer: dict[str, Any], *, old_impl: Callable[..., Tensor], **kw: Any
+    ) -> Tensor:
+        """Say where positions begin."""
+        if self.first_position:
+            output_cross_layer["first_position"] = output_cross_layer.get("first_position", 0) + self.first_position
+        return old_impl(input_ids, output_cross_layer=output_cross_layer, **kw)
 
     @non_conflict
     @passes_mask
@@ -84,7 +101,7 @@ class PrefixTuningMixin(TuningMixin):
     def folded(self) -> PrefixTuningMixin:
         """Return a new mixin with the same keys and values as plain parameters; put it in the place of this one."""
         with torch.no_grad():
-            result = PrefixTuningMixin(self.config, self.prefix_len)
+            result = PrefixTuningMixin(self.config, self.prefix_len, first_position=self.first_position)
             for layer_id, prefix in enumerate(result.prefix):
                 prefix.copy_(self.keys_and_values(layer_id))
         result.scale = self.scale

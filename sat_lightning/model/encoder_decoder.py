@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from sat_lightning.config import TransformerConfig
@@ -123,6 +124,9 @@ class EncoderDecoderModel(ComposedModel):
     ) -> list[Any]:
         """Write: `[b, t]` to logits and outputs per layer; without a mask a token sees those before it."""
         mask = "causal" if attention_mask is None else attention_mask
+        more = sum(mixin.num_kept_in_front for mixin in self.encoder.mixins.values() if not mixin._is_silent)  # type: ignore
+        if more and isinstance(cross_attention_mask, Tensor) and cross_attention_mask.shape[-1] > 1:
+            cross_attention_mask = F.pad(cross_attention_mask, (more, 0), value=True)
         cross = {"encoder_outputs": encoder_outputs, "cross_attention_mask": cross_attention_mask}
         return self.decoder(input_ids, position_ids, mask, **cross, **kw)
 

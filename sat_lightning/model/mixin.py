@@ -40,6 +40,8 @@ class BaseMixin(nn.Module):
     runs_linears: ClassVar[bool] = False
     #: Patterns over names of the model's other parameters that train with it, as `\.bias$`.
     tuned_parameters: tuple[str, ...] = ()
+    #: How many tokens it leaves in front of what an encoder returns to its decoder.
+    num_kept_in_front: int = 0
     #: Whether its hooks are left out when a model resolves them; see `mixins.tuning`.
     _is_silent: bool = False
     _owner: BaseModel | None = None

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,6 +18,7 @@ from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import InputError
 from sat_lightning.hooks import HookTable, computes_loss
 from sat_lightning.nn.attention_fn import attention_fn_default
+from sat_lightning.nn.front import read_front
 from sat_lightning.nn.head import project
 from sat_lightning.nn.layer import NormFactory, TransformerLayer
 from sat_lightning.nn.linear import Embedding, InitMethod, drop_out, normal_init, scaled_normal_init
@@ -90,8 +92,12 @@ class Transformer(nn.Module):
     ) -> list[Any]:
         """Run the forward that `sat_lightning.hooks` draws; see `BaseModel.forward` for arguments and result."""
         carry: Carry = {}
-        hidden_states = self.embed(input_ids, position_ids, carry, hooks, **kw)
-        kw, mask = self._add_masks(input_ids, attention_mask, hidden_states, hooks, kw)
+        words = hooks.word_embedding_forward(input_ids, output_cross_layer=carry, **kw)
+        if front := read_front(carry):
+            position_ids = front.number(position_ids, self._num_positions(hooks))
+            attention_mask, kw = front.extend(attention_mask), front.extend_others(kw)
+        hidden_states = self.add_positions(words, position_ids, carry, hooks, **kw)
+        kw, mask = self._add_masks(attention_mask, hidden_states, hooks, kw)
         if isinstance(self.position_embeddings, RotaryEmbedding) and position_ids is not None:
             kw["rotary"] = self.position_embeddings(position_ids, hidden_states.dtype)
         kw |= {"hooks": hooks, "position_ids": position_ids}
@@ -104,24 +110,23 @@ class Transformer(nn.Module):
             per_layer += outputs
         if self.config.use_final_layernorm:
             hidden_states = self.final_layernorm(hidden_states)
+        if front:
+            hidden_states = front.cut(hidden_states)
         return [hooks.final_forward(hidden_states, parallel_output=self.config.parallel_output, **kw), *per_layer]
 
-    def embed(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor | None,
-        carry: Carry,
-        hooks: HookTable,
-        **kw: Any,
+    def add_positions(
+        self, words: Tensor, position_ids: Tensor | None, carry: Carry, hooks: HookTable, **kw: Any
     ) -> Tensor:
-        """Sum word and position embeddings: `[b, s]` to `[b, s, c]`; hooks may write to `carry` for layer 0."""
-        hidden_states = hooks.word_embedding_forward(input_ids, output_cross_layer=carry, **kw)
+        """Add position embeddings to word embeddings `[b, s, c]`; hooks may write to `carry` for layer 0."""
         if hooks.looks_up_positions and self.position_embeddings is not None:
-            self._check_positions(position_ids, hidden_states)
+            self._check_positions(position_ids, words)
         positions = hooks.position_embedding_forward(position_ids, output_cross_layer=carry, **kw)
         if positions is not None:
-            hidden_states = hidden_states + positions
-        return drop_out(self.embedding_dropout, hidden_states)
+            if positions.shape[-2] != words.shape[1] and position_ids is None:
+                # Tokens in front of a whole table have no positions.
+                positions = F.pad(positions, (0, 0, words.shape[1] - positions.shape[-2], 0))
+            words = words + positions
+        return drop_out(self.embedding_dropout, words)
 
     def blocks(self) -> list[tuple[int, int, bool]]:
         """Return the layers as (start, stop, whether activations are kept)."""
@@ -149,7 +154,7 @@ class Transformer(nn.Module):
         return hidden_states, outputs, carry
 
     def _add_masks(
-        self, input_ids: Tensor, attention_mask: MaskLike, like: Tensor, hooks: HookTable, kw: dict[str, Any]
+        self, attention_mask: MaskLike, like: Tensor, hooks: HookTable, kw: dict[str, Any]
     ) -> tuple[dict[str, Any], Tensor]:
         sizes: dict[str, Any] = {"batch_size": like.shape[0], "query_length": like.shape[1], "like": like}
         mask, known = make_masks(attention_mask, materialise=hooks.reads_mask, **sizes)
@@ -231,6 +236,10 @@ class Transformer(nn.Module):
             return Embedding(config.max_sequence_length, config.hidden_size, normal_init(config.init_method_std))
         dim = config.rotary_dim or config.hidden_size // config.num_attention_heads
         return RotaryEmbedding(dim, config.rotary_base, config.rotary_interleaved, config.rope_scaling)
+
+    def _num_positions(self, hooks: HookTable) -> int | None:
+        table = self.position_embeddings
+        return table.num_embeddings if isinstance(table, Embedding) and hooks.looks_up_positions else None
 
     def _check_positions(self, position_ids: Tensor | None, hidden_states: Tensor) -> None:
         length = hidden_states.shape[1]
