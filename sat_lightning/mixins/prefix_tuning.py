@@ -129,10 +129,10 @@ class _Projection(nn.Module):
 
     def __init__(self, config: TransformerConfig, prefix_len: int, inner_size: int) -> None:
         super().__init__()
-        init, size = normal_init(config.init_method_std), 2 * config.num_key_value_heads * config.head_size
-        self.embedding = Embedding(prefix_len, config.hidden_size, normal_init(1.0))
-        self.dense = Linear(config.hidden_size, inner_size, True, init)
-        self.out = nn.ModuleList(Linear(inner_size, size, True, init) for _ in range(config.num_layers))
+        init, size = normal_init(config.init_method_std), config.num_key_value_heads * config.head_size
+        self.embedding = Embedding(prefix_len, size, normal_init(1.0))
+        self.dense = Linear(size, inner_size, True, init)
+        self.out = nn.ModuleList(Linear(inner_size, 2 * size, True, init) for _ in range(config.num_layers))
 
     def forward(self, layer_id: int, shape: tuple[int, ...]) -> Tensor:
         # Again in every layer, which is n tokens' work: a result that travels would be one more thing to keep.
