@@ -27,6 +27,8 @@ class Method:
     make: Callable[[TransformerConfig], BaseMixin]
     starts_as_base: bool = True
     """Whether adding it changes no output, bit for bit."""
+    starts_near_base: bool = False
+    """Whether it changes outputs by rounding only."""
     is_head: bool = False
     """Whether it answers for the model, and trains without freezing: of an encoder and decoder, the decoder has it."""
     replaces_head: bool = False
@@ -50,9 +52,10 @@ class Method:
     def _add_to_part(self, model: BaseModel, name: str) -> None:
         if self.replaces_head:
             for owner in model.hooks.origins["final_forward"]:
-                if owner in model.mixins and not model.mixins[owner].stays_trainable:
+                if owner in model.mixins and not hasattr(model.mixins[owner], "is_added_by_test"):
                     model.del_mixin(owner)
         mixin = self.make(model.config)
+        mixin.is_added_by_test = True
         model.add_mixin(name, mixin, reinit=True)
 
 
@@ -62,7 +65,7 @@ def stir(model: AnyModel, names: list[str], seed: int = 1) -> None:
     with torch.no_grad():
         for name in names:
             for parameter in model.get_mixin(name).parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
 METHODS: dict[str, Method] = {
@@ -74,6 +77,11 @@ METHODS: dict[str, Method] = {
     "adapter": Method(lambda c: mixins.AdapterMixin(c, adapter_hidden=4)),
     "adapter-parallel": Method(lambda c: mixins.AdapterMixin(c, adapter_hidden=4, is_parallel=True)),
     "ffadd": Method(lambda c: mixins.FFADDMixin(c, r=4)),
+    "lora": Method(lambda c: mixins.LoraMixin(c, rank=2)),
+    "lora-all": Method(lambda c: mixins.LoraMixin(c, rank=2, target=["attention", "mlp"], use_rslora=True)),
+    "pissa": Method(lambda c: mixins.LoraMixin(c, rank=2, init="pissa"), starts_as_base=False, starts_near_base=True),
+    "dora": Method(lambda c: mixins.DoraMixin(c, rank=2), starts_as_base=False, starts_near_base=True),
+    "ia3": Method(mixins.IA3Mixin),
     "bitfit": Method(
         mixins.BitFitMixin,
         refused={"llama": "LLaMAModel has no parameter", "t5": "BaseModel has no parameter"},

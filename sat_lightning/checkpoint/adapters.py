@@ -38,9 +38,11 @@ def save_adapter(model: AnyModel, folder: str | os.PathLike[str], name: str | Se
             of new tasks.
 
     Raises:
-        CheckpointError: if there is no such mixin, or the weights are split over ranks.
+        CheckpointError: if there is no such mixin, one is merged, or the weights are split over ranks.
     """
     chosen = _choose(model, name)
+    if merged := [key for key, mixin in chosen.items() if getattr(mixin, "is_merged", False)]:
+        raise CheckpointError(f"{some(merged)}: merged, so that the base is not its own. Call unmerge() first.")
     tensors = _own_tensors(model, chosen)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -53,6 +53,8 @@ class PrefixTuningMixin(TuningMixin):
             raise ConfigError(f"prefix_len is {prefix_len}, it must be at least 1.")
         self.shape = (2, config.num_key_value_heads, prefix_len, config.head_size)
         self.prefix_len, self.first_position = prefix_len, first_position
+        if not first_position:  # the seam stays free
+            self.word_embedding_forward = None  # type: ignore[assignment,method-assign]
         init = normal_init(config.init_method_std)
         if projection_size is None:
             self.prefix = nn.ParameterList(nn.Parameter(torch.empty(self.shape)) for _ in range(config.num_layers))
@@ -66,8 +68,7 @@ class PrefixTuningMixin(TuningMixin):
         self, input_ids: Tensor, output_cross_layer: dict[str, Any], *, old_impl: Callable[..., Tensor], **kw: Any
     ) -> Tensor:
         """Say where positions begin."""
-        if self.first_position:
-            output_cross_layer["first_position"] = output_cross_layer.get("first_position", 0) + self.first_position
+        output_cross_layer["first_position"] = output_cross_layer.get("first_position", 0) + self.first_position
         return old_impl(input_ids, output_cross_layer=output_cross_layer, **kw)
 
     @non_conflict
