@@ -18,7 +18,7 @@ from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import InputError
 from sat_lightning.hooks import HookTable, computes_loss
 from sat_lightning.nn.attention_fn import attention_fn_default
-from sat_lightning.nn.front import read_front
+from sat_lightning.nn.front import Front, read_front
 from sat_lightning.nn.head import project
 from sat_lightning.nn.layer import NormFactory, TransformerLayer
 from sat_lightning.nn.linear import Embedding, InitMethod, drop_out, normal_init, scaled_normal_init
@@ -108,11 +108,13 @@ class Transformer(nn.Module):
                 run = partial(checkpoint, run, use_reentrant=False)
             hidden_states, outputs, carry = run(hidden_states, mask, carry)
             per_layer += outputs
+        hidden_states = self._close(hidden_states, front)
+        return [hooks.final_forward(hidden_states, parallel_output=self.config.parallel_output, **kw), *per_layer]
+
+    def _close(self, hidden_states: Tensor, front: Front | None) -> Tensor:
         if self.config.use_final_layernorm:
             hidden_states = self.final_layernorm(hidden_states)
-        if front:
-            hidden_states = front.cut(hidden_states)
-        return [hooks.final_forward(hidden_states, parallel_output=self.config.parallel_output, **kw), *per_layer]
+        return hidden_states if front is None else front.cut(hidden_states)
 
     def add_positions(
         self, words: Tensor, position_ids: Tensor | None, carry: Carry, hooks: HookTable, **kw: Any
