@@ -31,7 +31,8 @@ def fit(task, num_steps=2):
 @pytest.mark.parametrize("method", [name for name in METHODS if not METHODS[name].is_head])
 def test_a_run_changes_exactly_what_the_method_declares(method):
     """Two steps, as those that start at 0 give their other half no gradient in the first."""
-    task = make_task(mixins={"tuned": METHODS[method].make}, optim=OptimConfig(learning_rate=1e-2))
+    roomy = functools.partial(make_model, max_sequence_length=20)  # for a prompt, too
+    task = make_task(roomy, mixins={"tuned": METHODS[method].make}, optim=OptimConfig(learning_rate=1e-2))
     changed, before = fit(task)
     words = {"bitfit": ("bias",), "layernorm": ("norm",)}.get(method, ("mixins.tuned.",))
     declared = {name for name in before if any(word in name for word in words)}
