@@ -252,6 +252,19 @@ def test_one_text_read_and_several_written():
     assert_close(stepwise(decoder, target, [3, 2], encoder_outputs=crosses)[0], expected, atol=1e-5, rtol=1e-5)
 
 
+def test_texts_read_that_are_neither_one_nor_as_many():
+    model = FAMILIES["t5"].build().eval()
+    with pytest.raises(InputError, match="encoder_outputs have 3 rows, the tokens 2: give 1 or as many"):
+        model.decoder(ids(2), encoder_outputs=torch.zeros(3, 4, 32))
+
+
+def test_keywords_of_these_names_may_be_somebody_elses():
+    """A mixin that remembers something of its own takes it as `mems`, as in SAT."""
+    model = FAMILIES["mistral"].build().eval()
+    expected = whole(model, ids())
+    assert torch.equal(whole(model, ids(), mems=["mine"], cache="mine too"), expected)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "mistral", "chatglm4"])
 def test_bfloat16_within_its_rounding(name):
     """Eight bits of mantissa: logits of size 10 are told apart to some 0.05; a wrong cache moves them by whole ones."""

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sat_lightning.config import TransformerConfig
+from sat_lightning.errors import InputError
 from sat_lightning.hooks import HookTable
 from sat_lightning.nn.linear import InitMethod, Linear, apply_linear, drop_out
 from sat_lightning.nn.rotary import rotate
@@ -147,6 +148,10 @@ class CrossAttention(nn.Module):
             key, value = encoder_outputs[kw["layer_id"]]
         given = (key, value)
         if key.shape[0] != query.shape[0]:  # one text read, several written
+            if key.shape[0] != 1:
+                raise InputError(
+                    f"encoder_outputs have {key.shape[0]} rows, the tokens {query.shape[0]}: give 1 or as many."
+                )
             key, value = (x.expand(query.shape[0], -1, -1, -1) for x in given)
         context = hooks.attention_fn(
             query, key, value, cross_attention_mask, dropout_of(self),

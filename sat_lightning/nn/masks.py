@@ -113,9 +113,13 @@ def lower_right_causal(query_length: int, key_length: int, device: torch.device)
 
 
 def waiting_keys(kw: dict[str, Any]) -> int:
-    """Return how many keys of earlier tokens a cache inside this hook's `old_impl` will put before those at hand."""
-    mems, cache = kw.get("mems"), kw.get("cache")
-    return (0 if mems is None else int(mems.shape[2])) + (0 if cache is None else int(cache.length))
+    """Return how many keys of earlier tokens a cache inside this hook's `old_impl` will put before those at hand.
+
+    The caches themselves hide their keywords from what they wrap; other things of these names are somebody else's.
+    """
+    mems = kw.get("mems")
+    num_held = mems.shape[2] if isinstance(mems, Tensor) and mems.dim() == 4 else 0
+    return num_held + int(getattr(kw.get("cache"), "length", 0))
 
 
 def reach_back(mask: Tensor, num_past: int, num_new: int, kw: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
