@@ -25,6 +25,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "validate": ("measure a model on the validation split", _TRAINER),
     "test": ("measure a model on the test split", _TRAINER),
     "clean-cache": ("remove prepared data that nobody used for a month", "sat_lightning.data.cache:run_clean"),
+    "merge": (
+        "put what was fine-tuned into the weights of its base",
+        "sat_lightning.training.commands.merge:run_merge",
+    ),
     "predict": ("run a model over the test split", _TRAINER),
     "doctor": ("see whether the ranks of a run can work together", "sat_lightning.training.doctor:run_doctor"),
 }

@@ -57,7 +57,7 @@ MIXINS = {
         "rc": user.Shift(1),
     },
     "lora2_gpt2": lambda c: {"lora": mixins.LoraMixin(c, rank=3, alpha=2)},
-    "lora_gpt2": lambda c: {"lora": mixins.LoRAMixin(c, rank=3, alpha=2)},
+    "lora_gpt2": lambda c: {"lora": mixins.LoRAMixin(c, r=3, lora_alpha=2)},
     "mixin_stack_scale_shift": lambda c: {
         "scale": user.HeadScale(c.num_attention_heads, c.head_size),
         "shift": user.HeadShift(c.num_attention_heads, c.head_size),

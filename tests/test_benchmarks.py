@@ -125,3 +125,11 @@ def test_zero_memory_falls_as_theory_says():
         for cell in cells:
             measured, theory = (float(number) for number in cell.strip(")").split(" ("))
             assert measured == pytest.approx(theory, rel=0.02)
+
+
+def test_lora_step():
+    """The script itself refuses contestants whose first losses differ."""
+    table = rows(run("lora_step.py", "--rounds", "1"))
+    assert [name.partition(",")[0] for name in table] == ["sat_lightning", "sat_lightning", *["transformers"] * 2]
+    trained = [int(row[0]) for row in table.values()]
+    assert trained[0] == trained[2] == trained[3] < trained[1]

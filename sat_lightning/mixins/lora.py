@@ -236,4 +236,26 @@ class LoraMixin(WeightTuningMixin):
         return output + F.linear(hidden if rows is None else hidden * rows, up).to(output.dtype)
 
 
-LoRAMixin = LoraMixin  # SAT has both; the weights of its LoRAMixin are read by their names
+class LoRAMixin(LoraMixin):
+    """`LoraMixin` on self-attention with the words of SAT's class of this name, whose weights it loads.
+
+    Args:
+        config: the model's.
+        r: rank of the product.
+        lora_alpha: the product is multiplied by lora_alpha / r.
+        lora_dropout: of what A reads.
+        layer_range: the layers to adapt. Default: all.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        r: int = 8,
+        lora_alpha: float = 1.0,
+        lora_dropout: float = 0.0,
+        layer_range: Sequence[int] | None = None,
+    ) -> None:
+        layers = r"\d+" if layer_range is None else f"({'|'.join(map(str, layer_range))})"
+        target = rf"^layers\.{layers}\.attention\.(query_key_value|dense)"
+        super().__init__(config, rank=r, alpha=lora_alpha, target=target, dropout=lora_dropout)

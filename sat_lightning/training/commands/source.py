@@ -71,6 +71,23 @@ def load_source(
     return Source(model.to(place, DTYPES[dtype]).eval(), found, weights, _find_ends(found, weights))
 
 
+def load_model(path: str, *, base: str | None = None, overrides: Any = None) -> Any:  # noqa: ANN401
+    """Load the model of a run, a checkpoint or a folder, without a tokenizer.
+
+    Args:
+        path: see `load_source`.
+        base: what a checkpoint without its base was trained on. Default: what the run began with.
+        overrides: fields of the configuration to change, of a model folder.
+
+    Returns:
+        The model with its mixins.
+    """
+    weights, run = find_weights(path)
+    if weights.suffix in (".ckpt", ".pt") or (weights / COMPLETE_NAME).is_file():
+        return _load_checkpoint(weights, run, base)
+    return AutoModel.from_pretrained(weights, overrides=overrides or {}, dtype="auto")
+
+
 def find_device(name: str) -> torch.device:
     """Return a device by name.
 
@@ -119,7 +136,7 @@ def find_weights(path: str) -> tuple[Path, Path | None]:
     return where, next((folder for folder in above if (folder / CONFIG_NAME).is_file()), None)
 
 
-def _load_checkpoint(path: Path, run: Path | None) -> Any:  # noqa: ANN401
+def _load_checkpoint(path: Path, run: Path | None, base: str | None = None) -> Any:  # noqa: ANN401
     """Build the model as the run did, and fill it with what the checkpoint holds."""
     from sat_lightning.training.trainer_cli import _find_in_current_folder, _import_ours
 
@@ -131,7 +148,8 @@ def _load_checkpoint(path: Path, run: Path | None) -> Any:  # noqa: ANN401
     module = _build(run) if run is not None else _rebuild(path)
     module.configure_model()
     is_partial = FROZEN_BASE_KEY in content
-    if is_partial and run is not None and (base := _read_config(run).get("init_from")):
+    base = base or (_read_config(run).get("init_from") if run is not None else None)
+    if is_partial and base:
         init_from(module, base)  # the run brought its base along, and so do we; its hash is compared
     saved, own = content["state_dict"].keys(), module.state_dict().keys()
     refuse_differing(own - saved - (frozen_names(module) if is_partial else set()), saved - own)
