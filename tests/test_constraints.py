@@ -1,5 +1,6 @@
 """What a text must look like: the hook, regular expressions and JSON schemas, greedy, drawn and by beams."""
 
+import itertools
 import json
 import re
 import sys
@@ -20,6 +21,7 @@ from sat_lightning.generation import (
     json_schema,
     regex,
 )
+from tests.families import FAMILIES
 from tests.test_beam import by_row, search
 from tests.test_strategies import run, table_model
 
@@ -63,6 +65,22 @@ def test_the_hook_decides_row_by_row(strategy):
     assert all(len(prefix) > 0 and -1 not in prefix for prefix in seen)
     ended = next(row for row in texts if row[-1] == 3)
     assert ended not in seen, "asked for a row that was done"
+
+
+@pytest.mark.parametrize("strategy", [None, BaseStrategy(), BeamSearchStrategy(2)], ids=["greedy", "drawn", "beams"])
+def test_generate_takes_the_hook(strategy):
+    model, prompts = FAMILIES["gpt2"].build().eval(), [[4, 5, 6], [7]]
+
+    def only_next(prefix):
+        return [(prefix[-1] + 1) % 20, (prefix[-1] + 2) % 20]
+
+    for result in generate(model, prompts, strategy=strategy, max_new_tokens=6, allowed_tokens=only_next, seed=0):
+        row = result.prompt_tokens[-1:] + result.tokens
+        assert len(row) == 7 and all((b - a) % 20 in (1, 2) for a, b in itertools.pairwise(row))
+    if strategy is not None:
+        assert strategy.processors == ()
+    with pytest.raises(ConfigError, match="allowed_tokens needs a BaseStrategy or a BeamSearchStrategy, not a str"):
+        generate(model, prompts, strategy="greedy", allowed_tokens=only_next)
 
 
 def test_what_the_hook_may_not_say():

@@ -6,6 +6,7 @@ depends on what was written, so these, and no other processor, ask the device at
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 from collections import Counter
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from sat_lightning.errors import ConfigError, InputError
 from sat_lightning.generation.processors import ban_mask
+from sat_lightning.generation.rules import LogitsRules
 from sat_lightning.generation.state import NO_TOKEN, DecodingState
 
 
@@ -51,6 +53,21 @@ class AllowedTokens:
             is_banned[i] = True
             is_banned[i, ids] = False
         return ban_mask(logits, is_banned.to(logits.device))
+
+
+def allow_only(strategy: Any, allowed_tokens: Callable[[list[int]], Sequence[int] | None]) -> Any:  # noqa: ANN401
+    """Return a copy of a strategy that keeps to `AllowedTokens`, behind its own processors.
+
+    Raises:
+        ConfigError: if it takes no processors.
+    """
+    if not isinstance(strategy, LogitsRules):
+        raise ConfigError(
+            f"allowed_tokens needs a BaseStrategy or a BeamSearchStrategy, not a {type(strategy).__name__}."
+        )
+    strategy = copy.copy(strategy)
+    strategy.processors = (*strategy.processors, AllowedTokens(allowed_tokens))
+    return strategy
 
 
 class Grammar:

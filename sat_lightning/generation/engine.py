@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sat_lightning.errors import InputError
+from sat_lightning.generation.constraints import allow_only
 from sat_lightning.generation.options import Finish, Generation, GenerationOptions, Streamed
 from sat_lightning.generation.prompts import Prompt, batches_of, check_lengths, check_rows, read_prompts
 from sat_lightning.generation.runner import CallOptions, Runner, find_model, longest_of, prepared, writer_of
@@ -110,6 +111,8 @@ class _Job:
     ) -> None:
         self.model: BaseModel | EncoderDecoderModel = find_model(model)
         self.strategy, self.tokenizer, self.options = strategy or greedy(), tokenizer, options
+        if options.allowed_tokens is not None:
+            self.strategy = allow_only(self.strategy, options.allowed_tokens)
         self.rows = read_prompts(prompts, tokenizer)
         check_rows(self.rows, self.model.config.vocab_size)
         self.row_ids = range(len(self.rows)) if options.row_ids is None else options.row_ids

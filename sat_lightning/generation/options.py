@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -46,6 +46,8 @@ class GenerationOptions:
     """Compile the step that reads one token: worth it for many tokens, as compilation takes long."""
     visibility: Visibility = None
     """What the prompt's tokens see: "causal" those before them, "full" all of it. Default: the family's own."""
+    allowed_tokens: Callable[[list[int]], Sequence[int] | None] | None = None
+    """Given the ids of a row, prompt and all: those that may follow, or None for all. See `AllowedTokens`."""
     decoder_start: Sequence[int] = (0,)
     """Ids that the decoder of an encoder-decoder begins with. Default: 0, T5's padding."""
     model_kw: dict[str, Any] = field(default_factory=dict)

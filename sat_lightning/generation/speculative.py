@@ -135,9 +135,9 @@ def rest_after(probs: Tensor, draft_probs: Tensor, num_kept: Tensor) -> Tensor:
     Returns:
         Weights `[b, v]`.
     """
-    rows = torch.arange(len(probs), device=probs.device)
-    p, q = probs[rows, num_kept], F.pad(draft_probs, (0, 0, 0, 1))[rows, num_kept]
-    rest = (p - q).clamp(min=0)
+    rows, num_drafts = torch.arange(len(probs), device=probs.device), draft_probs.shape[1]
+    p, q = probs[rows, num_kept], draft_probs[rows, num_kept.clamp(max=num_drafts - 1)]
+    rest = (p - q.masked_fill((num_kept == num_drafts)[:, None], 0)).clamp(min=0)
     return torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)  # no rest, or a draft that is not a number
 
 
@@ -236,7 +236,10 @@ class _SpeculativeBatch(_Batch):
         else:
             flat = self.rules.process(logits.float().flatten(0, 1), self.state)
         best, place = flat.max(-1)
-        probs = F.one_hot(place, v).float() if self.rules.is_greedy else self.rules.filter(flat).softmax(-1)
+        if self.rules.is_greedy:
+            probs = torch.zeros_like(flat).scatter_(1, place[:, None], 1.0)
+        else:
+            probs = self.rules.filter(flat).softmax(-1)
         return probs.view(b, s, v), best.view(b, s)
 
     def _alone(self, logits: Tensor, row: int, offset: int) -> Tensor:
