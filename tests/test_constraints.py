@@ -17,6 +17,7 @@ from sat_lightning.generation import (
     BaseStrategy,
     BeamSearchStrategy,
     Grammar,
+    generate,
     greedy,
     json_schema,
     regex,
