@@ -31,6 +31,7 @@ from sat_lightning import AutoModel, mixins
 from sat_lightning.checkpoint import load_checkpoint
 from sat_lightning.generation import (
     BaseStrategy,
+    BeamSearchStrategy,
     evaluate_perplexity,
     filling_sequence,
     get_masks_and_position_ids_default,
@@ -178,10 +179,44 @@ def stream(case):
     assert f"expected.step{len(steps)}.tokens" not in case.tensors
 
 
+class Replay(BeamSearchStrategy):
+    """SAT draws its candidates, and begins with copies of one beam: take the recorded draws, from as many copies."""
+
+    def start(self, state):
+        state = super().start(state)
+        state.extras["beams"].scores.zero_()
+        return state
+
+    def step(self, logits, state):
+        self.seen.append(logits)
+        return super().step(logits, state)
+
+    def choose(self, scores, num_candidates):
+        places = self.tensors[f"expected.step{len(self.seen) - 1}.multinomial_result"][None]
+        values, order = scores.gather(1, places).sort(dim=1, descending=True)
+        return values, places.gather(1, order)
+
+
+def search(case):
+    """Keep beams by the recorded draws: compare the logits of each step, the texts, and where they run the memory."""
+    settings = {name: value for name, value in case.record["strategy"].items() if name != "class"}
+    strategy = Replay(**settings)
+    strategy.seen, strategy.tensors = [], case.tensors
+    texts, mems = filling_sequence(case.model, case.tensors["seq"], settings["num_beams"], strategy)
+    for beam, tokens in enumerate(texts):
+        case.compare(tokens, f"expected.beam{beam}")
+    for step, logits in enumerate(strategy.seen):
+        case.compare(logits, f"expected.step{step}.logits")
+    assert f"expected.step{len(strategy.seen)}.logits" not in case.tensors
+    if mems is not None:
+        case.compare(mems, "expected.mems")
+
+
 #: Case -> settings of the strategy that its notes name.
 SETTINGS = {"gen_rep_penalty_invalid": {"repetition_penalty": 1.7, "invalid_slices": [slice(50, 60)]}}
 #: Beginning of a case's name -> function of the case, which runs what the notes describe and compares.
 PROCEDURES = {
+    "gen_beam": search,
     "gen_decoder_cross": fill_with_crosses,
     "gen_mems_phase2": fill_on,
     "gen_perplexity": measure_perplexity,
@@ -195,8 +230,8 @@ PROCEDURES = {
 OPTIONS = {"adapter": {"layernorm_order": "post"}}
 #: Model class -> keywords of every call that the recording set otherwise: MAE's drawing was replaced by a tensor.
 KEYWORDS = {"MAE": {"noise": "@noise"}}
-#: Cases that are recorded for other tests: generation, adapters, faults.
-ELSEWHERE = re.compile(r"gen_beam|bug_")
+#: Cases that are recorded for other tests: faults.
+ELSEWHERE = re.compile(r"bug_")
 
 # Fields of a case's `config` that are no part of the architecture, and None for "default": left out.
 # SAT writes an epsilon that is not its default into model_config.json, and classes with their own keep it.
