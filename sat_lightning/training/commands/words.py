@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import random
+from pathlib import Path
 from typing import Any, NoReturn
 
 from sat_lightning.errors import UsageError
-from sat_lightning.generation import BaseStrategy, BeamSearchStrategy, GenerationOptions
+from sat_lightning.generation import BaseStrategy, BeamSearchStrategy, GenerationOptions, constraints
 from sat_lightning.generation.beam_scoring import PlainBeamScoring
 from sat_lightning.generation.options import CACHE_DTYPES
 from sat_lightning.training.commands.source import DTYPES, Source
@@ -61,6 +62,8 @@ def _add_choosing(group: Any) -> None:  # noqa: ANN401
     add("--frequency-penalty", type=float, default=0.0, metavar="F", help="subtracted for each earlier time")
     add("--presence-penalty", type=float, default=0.0, metavar="F", help="subtracted once from earlier tokens")
     add("--no-repeat-ngram-size", type=int, default=0, metavar="N", help="write no n-gram of this size twice")
+    add("--regex", metavar="PATTERN", help="write what this matches as a whole, and nothing else")
+    add("--json-schema", metavar="FILE", help="write JSON that this schema allows, and nothing else")
     add("--bad-word", action="append", default=[], metavar="TEXT", help="never write this; may be given again")
 
 
@@ -84,6 +87,8 @@ def make_strategy(options: argparse.Namespace, source: Source) -> Any:  # noqa: 
         UsageError: options that do not go together.
         ConfigError: a value is out of its range.
     """
+    if options.regex and options.json_schema:
+        raise UsageError("--regex and --json-schema both say what is written. Give one of the two.")
     if not 1 <= options.n_best <= max(1, options.num_beams):
         raise UsageError(
             f"--n-best is {options.n_best}; it is at least 1 and at most --num-beams, {options.num_beams}."
@@ -94,6 +99,7 @@ def make_strategy(options: argparse.Namespace, source: Source) -> Any:  # noqa: 
         "presence_penalty": options.presence_penalty, "no_repeat_ngram_size": options.no_repeat_ngram_size,
         "min_new_tokens": options.min_new_tokens, "bad_words": _bad_words(options.bad_word, source),
         "end_tokens": find_end_tokens(options, source), "temperature": options.temperature,
+        "processors": _grammars(options, source),
     }  # fmt: skip
     if options.num_beams == 1:
         return BaseStrategy(**shared)
@@ -143,6 +149,18 @@ def make_generation_options(options: argparse.Namespace, source: Source) -> Gene
         prefill_chunk=options.prefill_chunk, cache_dtype=options.cache_dtype, check_every=options.check_every,
         compile=options.compile,
     )  # fmt: skip
+
+
+def _grammars(options: argparse.Namespace, source: Source) -> list[Any]:
+    if options.regex:
+        return [constraints.regex(options.regex, source.tokenizer)]
+    if not options.json_schema:
+        return []
+    try:
+        schema = Path(options.json_schema).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--json-schema {options.json_schema} cannot be read: {error}.") from error
+    return [constraints.json_schema(schema, source.tokenizer)]
 
 
 def _bad_words(words: list[str], source: Source) -> list[list[int]]:
