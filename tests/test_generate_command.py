@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -294,3 +295,25 @@ def test_a_hugging_face_folder_brings_its_tokenizer_and_its_ends(folder: Path, c
     assert (line["finish"], line["num_tokens"]) == ("end", place + 1)
     run(*base, "--ignore-end", "--output", "out.jsonl")
     assert lines()[0]["generated"] == tokenizer.decode(expected)
+
+
+def test_what_is_written_obeys_a_regular_expression_or_a_schema(
+    runs: Path, folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    pytest.importorskip("llguidance")
+    base = ["--ckpt", runs, "--prompt", "To be", "--max-new-tokens", 24, "--seed", 1, "--output", "out.jsonl"]
+    run(*base, "--regex", "(yes|no) [0-9]{4}")
+    (line,) = lines()
+    assert re.fullmatch("(yes|no) [0-9]{4}", line["generated"]) and line["finish"] == "end"
+    Path("schema.json").write_text('{"enum": ["one", "two"]}')
+    run(*base, "--overwrite", "--json-schema", "schema.json")
+    assert json.loads(lines()[0]["generated"]) in ("one", "two")
+    assert fails(capsys, *base, "--json-schema", "none.json")[0] == 2
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat"])
+def test_help_names_every_option(verb: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    out = capsys.readouterr().out
+    assert not stop.value.code and all(word in out for word in ("--ckpt", "--top-p", "--stop", "--seed", "--device"))

@@ -258,6 +258,24 @@ def test_choices_of_one_token_read_their_prompt_once(monkeypatch: pytest.MonkeyP
         assert_close(scores.scores, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gptneo", "mistral", "mixtral", "chatglm2", "glm130b-2d"])
+def test_choices_of_several_tokens_share_what_was_made_of_a_long_prompt(name: str) -> None:
+    model, rows = build(name, max_sequence_length=64), []
+    origins = model.hook_origins
+    model.train()
+    model.register_forward_pre_hook(lambda _, args: rows.append(tuple(args[0].shape)))
+    prompts = [ids(1, 40)[0].tolist(), ids(1, 6, seed=1)[0].tolist()]
+    answers = [[7, 8, 9], [8], [9, 7, 6, 5], [10, 11]]
+    found = score_choices(model, [(prompt, answers) for prompt in prompts], batch_size=3)
+    assert model.training and model.hook_origins == origins
+    model.eval()
+    if name in ("gpt2", "llama", "gptneo", "mistral", "mixtral"):
+        assert rows[:3] == [(1, 39), (3, 4), (1, 2)]
+    for prompt, scores in zip(prompts, found, strict=True):
+        for answer, losses in zip(answers, scores.token_losses, strict=True):
+            assert_close(losses.double(), behind(model, prompt, answer), atol=2e-5, rtol=1e-5)
+
+
 def test_the_beginning_of_a_prompt_too_long_is_left_out() -> None:
     model = build()
     prompt, answer = ids(1, 40)[0].tolist(), [5, 6, 7]

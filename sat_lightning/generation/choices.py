@@ -15,6 +15,7 @@ from torch import Tensor
 from sat_lightning.errors import InputError
 from sat_lightning.generation.perplexity import IGNORED_TARGET, evaluating, token_losses
 from sat_lightning.generation.scoring import Text, batched_losses, pad_rows, refuse_seeing, to_ids
+from sat_lightning.generation.shared_prompt import SHORTEST_PROMPT, can_share, shared_losses
 
 Normalisation = Literal["sum", "token", "byte", "unconditional"]
 #: Logits that are built at a time where answers share a row.
@@ -52,7 +53,7 @@ def score_choices(
     """Score the choices of questions: `log p(choice | prompt)`, in batches by length over all of them.
 
     Prompt and choice are cut into tokens as one text; what the prompt alone does not begin with is the choice's, as are
-    spaces at the prompt's end. Choices of one token share the prompt's forward, others what an encoder made of it.
+    spaces at the prompt's end. Choices of one prompt share what was made of it, as far as the model allows.
 
     Args:
         model: causal, or an encoder-decoder, whose encoder then reads the prompt.
@@ -143,22 +144,37 @@ class _Reader:
         pairs = [self.with_prefix(*pair) for pair in pairs]
         if self.has_encoder:
             return _decoder_losses(self.model, pairs, list(self.prefix_ids or [0]), batch_size, kw)
-        # Rows that are read alike are read once: the key is all that goes into the model.
+        found = {} if kw or not can_share(self.model) else self._behind_one_prompt(pairs, batch_size)
+        # Of the others, rows that are read alike are read once: the key is all that goes into the model.
         wanted: dict[tuple[int, ...], dict[int, list[int]]] = {}
         for index, (before, answer) in enumerate(pairs):
-            wanted.setdefault((*before, *answer[:-1]), {})[index] = answer
-        return _shared_losses(self.model, wanted, len(pairs), batch_size, kw)
+            if index not in found:
+                wanted.setdefault((*before, *answer[:-1]), {})[index] = answer
+        found |= _merged_losses(self.model, wanted, batch_size, kw)
+        return [found[index] for index in range(len(pairs))]
+
+    def _behind_one_prompt(self, pairs: list[tuple[list[int], list[int]]], batch_size: int) -> dict[int, Tensor]:
+        """Score answers of several tokens behind a prompt that is long enough to be worth keeping."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for index, (before, _) in enumerate(pairs):
+            groups.setdefault(tuple(before), []).append(index)
+        found: dict[int, Tensor] = {}
+        for prompt, indices in groups.items():
+            answers = [pairs[index][1] for index in indices]
+            if len(prompt) >= SHORTEST_PROMPT and len({tuple(answer[:-1]) for answer in answers}) > 1:
+                losses = shared_losses(self.model, prompt, answers, batch_size)
+                found |= zip(indices, losses or [], strict=losses is not None)
+        return found
 
 
-def _shared_losses(
+def _merged_losses(
     model: Any,  # noqa: ANN401
     wanted: dict[tuple[int, ...], dict[int, list[int]]],
-    num_pairs: int,
     batch_size: int,
     kw: dict[str, Any],
-) -> list[Tensor]:
+) -> dict[int, Tensor]:
     """Score rows one answer each, and rows that several answers share by their logits at the last places."""
-    found: list[Tensor] = [torch.empty(0)] * num_pairs
+    found: dict[int, Tensor] = {}
     single = [(ids, *item) for ids, answers in wanted.items() if len(answers) == 1 for item in answers.items()]
     rows = [(ids, [IGNORED_TARGET] * (len(ids) - len(answer)) + answer) for ids, _, answer in single]
     for (_, index, _), losses in zip(single, batched_losses(model, rows, batch_size, kw), strict=True):
