@@ -385,3 +385,23 @@ def test_other_wrong_uses():
         DoraMixin(model.config, init="pissa")
     with pytest.raises(ConfigError, match="the parts of layers.0.attention.query_key_value read one input"):
         model.add_mixin("x", IA3Mixin(model.config, target="query_key_value", feedforward="query_key_value"))
+
+
+@pytest.mark.parametrize("method", ["dora", "pissa"])
+def test_what_begins_at_the_base_begins_at_the_one_that_init_from_brings(method, tmp_path):
+    from sat_lightning.training.initialise import init_from
+    from tests.training_examples import make_model, make_task
+
+    base = make_model(init_method_std=0.3).eval()
+    base.save_pretrained(tmp_path)
+    make = {"dora": DoraMixin, "pissa": lambda c: LoraMixin(c, init="pissa")}[method]
+    task = make_task(make_model, mixins={"tuned": make})
+    init_from(task, tmp_path)
+    task.configure_model()
+    ids = torch.arange(9)[None]
+    assert_close(task.model.eval()(ids)[0], base(ids)[0], atol=1e-5, rtol=1e-5)
+    trained = {name for name, parameter in task.model.named_parameters() if parameter.requires_grad}
+    assert trained and all(name.startswith("mixins.tuned.") for name in trained)
+    if method == "pissa":
+        down, _ = task.model.get_mixin("tuned").get_submodule("layers.0.attention.dense").pair("0", "initial")
+        assert down.abs().max() > 0

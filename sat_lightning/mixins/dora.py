@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sat_lightning.config import TransformerConfig
-from sat_lightning.errors import ConfigError, HookConflictError, HookError
+from sat_lightning.errors import ConfigError, HookConflictError
 from sat_lightning.mixins.lora import LoraMixin, LoraWeights
 from sat_lightning.mixins.places import Place, Slot
-from sat_lightning.mixins.weight_tuning import Adapter, Kept, WeightTuningMixin, dense_weight, learned, rows_of
+from sat_lightning.mixins.weight_tuning import Adapter, Kept, WeightTuningMixin, dense_weight, learned, rows_of, whole
 from sat_lightning.model import BaseMixin
 
 
@@ -26,17 +26,16 @@ class DoraWeights(LoraWeights):
         for slot in slots:
             self.magnitude.register_parameter(str(slot.index), learned(place, slot.size))
         if not hasattr(place.module.weight, "ds_tensor"):
-            self.reset(place.module)
+            self.reset(place.module)  # under ZeRO-3 `reinit` does it, when all is in its place
 
     @torch.no_grad()
     def reset(self, module: nn.Module) -> None:
         """Begin with the lengths of the rows, so that nothing changes."""
-        if hasattr(module.weight, "ds_tensor"):
-            raise HookError(f"DoRA needs {self.place_name} whole to begin, and ZeRO-3 has split it. Use zero_2.")
-        weight = dense_weight(module)
-        for slot in self.slots:
-            magnitude = getattr(self.magnitude, str(slot.index))
-            magnitude.copy_(_lengths(weight[slot.start : slot.start + slot.size].to(magnitude.dtype)))
+        with whole(module.weight, *self.magnitude.parameters()):
+            weight = dense_weight(module)
+            for slot in self.slots:
+                magnitude = getattr(self.magnitude, str(slot.index))
+                magnitude.copy_(_lengths(weight[slot.start : slot.start + slot.size].to(magnitude.dtype)))
 
     def ratio(self, weight: Tensor, scale: float) -> Tensor:
         """Return trained over present length of every row, 1 for rows that are not adapted: `[out]`."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sat_lightning.config import TransformerConfig
-from sat_lightning.errors import ConfigError, HookError
+from sat_lightning.errors import ConfigError
 from sat_lightning.hooks import non_conflict
 from sat_lightning.mixins.places import Place, Slot, look_up
 from sat_lightning.mixins.weight_tuning import (
@@ -25,6 +25,7 @@ from sat_lightning.mixins.weight_tuning import (
     dense_weight,
     learned,
     rows_of,
+    whole,
 )
 
 Term = tuple[Slot, Tensor, Tensor, float]
@@ -127,16 +128,15 @@ class LoraWeights(Adapter):
         """For PiSSA, begin with the largest singular values of the base."""
         if "initial_A" not in self._modules:
             return
-        if hasattr(module.weight, "ds_tensor"):
-            raise HookError(f"init='pissa' needs {self.place_name} whole, and ZeRO-3 has split it. Begin under zero_2.")
-        weight = dense_weight(module).float()
-        for slot, rank, factor in zip(self.slots, self.ranks, self.factors, strict=True):
-            left, values, right = torch.linalg.svd(weight[slot.start : slot.start + slot.size], full_matrices=False)
-            root = (values[:rank] / factor).sqrt()
-            for name in ("matrix", "initial"):
-                down, up = self.pair(str(slot.index), name)
-                down.copy_(root[:, None] * right[:rank])
-                up.copy_(left[:, :rank] * root)
+        with whole(module.weight, *self.parameters()):
+            weight = dense_weight(module).float()
+            for slot, rank, factor in zip(self.slots, self.ranks, self.factors, strict=True):
+                left, values, right = torch.linalg.svd(weight[slot.start : slot.start + slot.size], full_matrices=False)
+                root = (values[:rank] / factor).sqrt()
+                for name in ("matrix", "initial"):
+                    down, up = self.pair(str(slot.index), name)
+                    down.copy_(root[:, None] * right[:rank])
+                    up.copy_(left[:, :rank] * root)
 
 
 class LoraMixin(WeightTuningMixin):

@@ -7,7 +7,8 @@ The base keeps its modules and the names of its parameters; an adapter's paramet
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -232,6 +233,19 @@ class WeightTuningMixin(TuningMixin):
 def dense_weight(module: nn.Module) -> Tensor:
     """Return the weight of a linear `[out, in]` or of an embedding `[words, features]`."""
     return module.weight.detach()
+
+
+@contextmanager
+def whole(*parameters: Any) -> Iterator[None]:  # noqa: ANN401
+    """Have parameters whole that ZeRO-3 has split over the ranks, to read and to fill; every rank must come here."""
+    split = [parameter for parameter in parameters if hasattr(parameter, "ds_tensor")]
+    for parameter in split:
+        parameter.all_gather()
+    try:
+        yield
+    finally:
+        for parameter in split:
+            parameter.partition(has_been_updated=True)
 
 
 def rows_of(adapter_ids: Tensor | None, own: int, adapter: Adapter, x: Tensor) -> Tensor | None:

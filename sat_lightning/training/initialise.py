@@ -1,6 +1,7 @@
 """The weights that a new run begins with: those of a training checkpoint or of a model folder, and nothing else."""
 
 import os
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,16 @@ def _read_weights(module: L.LightningModule, path: Path) -> None:
         report = fit(model, Incoming(tensors), Tolerance(may_miss=added, ignore=removed), what=str(path))
     else:
         report = load_checkpoint(model, path, may_miss=added, ignore=removed)
+    # What begins at the base, as DoRA's lengths of rows do, began at one that was replaced.
+    model.reinit([name for name in factories if name in model.mixins and _is_new(model, name, report.missing)])
     new = f" New in the model: {some(report.missing)}." if report.missing else ""
     rank_zero_info(f"Begins with {len(report.loaded)} tensors of {path}.{new}")
+
+
+def _is_new(model: BaseModel, name: str, missing: Collection[str]) -> bool:
+    """Tell whether a file had nothing of a mixin."""
+    own = {key for key in model.state_dict() if key.startswith(f"mixins.{name}.")}
+    return own <= set(missing)
 
 
 def _fill(module: L.LightningModule, weights: dict[str, Tensor], path: Path) -> None:
