@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from sat_lightning.errors import ConfigError, InputError
 from sat_lightning.generation import BaseStrategy, generate, stream
+from sat_lightning.generation.text import RowText
 from sat_lightning.mixins import KeyValueCache, StaticCacheMixin
 from tests.families import FAMILIES, ids
 
@@ -152,3 +153,127 @@ def test_a_cache_that_is_full_says_so():
     model.add_mixin("cache", StaticCacheMixin())
     with pytest.raises(InputError, match="holds 0 tokens of at most 4, 9 more do not fit. Make it with capacity=9"):
         model(ids(), cache=KeyValueCache(4))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gptneo", "chatglm", "t5-gated"])
+def test_bf16_stays_near_fp32_and_ragged_near_alone(name):
+    model, rows = FAMILIES[name].build().eval(), prompts_of(name)
+    exact, batch = Watched(), Watched()
+    generate(model, rows, max_new_tokens=1, strategy=exact)
+    model.to(torch.bfloat16)
+    generate(model, rows, max_new_tokens=1, strategy=batch)
+    assert_close(batch.seen[0], exact.seen[0], atol=0.2, rtol=0.1)
+    for index, row in enumerate(rows):
+        alone = Watched()
+        generate(model, [row], max_new_tokens=1, strategy=alone)
+        assert_close(alone.seen[0][0], batch.seen[0][index], atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize(("cache_dtype", "atol"), [("fp32", 1e-6), ("bf16", 0.05), ("fp16", 0.01), ("int8", 0.1)])
+def test_keys_and_values_may_be_kept_in_less(cache_dtype, atol):
+    for name in ("llama", "t5", "mistral"):
+        model, rows = FAMILIES[name].build().eval(), prompts_of(name)
+        exact, kept = Watched(), Watched()
+        generate(model, rows, max_new_tokens=2, strategy=exact)
+        generate(model, rows, max_new_tokens=2, strategy=kept, cache_dtype=cache_dtype)
+        assert_close(kept.seen[0], exact.seen[0], atol=atol, rtol=atol)
+        assert torch.equal(kept.seen[0], exact.seen[0]) == (cache_dtype == "fp32")
+
+
+def test_int8_keeps_a_scale_for_each_token_and_head():
+    cache, size = KeyValueCache(5, dtype=torch.int8), torch.tensor([1e-3, 1.0, 1e3])
+    key = torch.randn(2, 3, 4, 8) * size[:, None, None]
+    got, _ = cache.write(0, key, key)
+    assert cache.layers[0][0].dtype is torch.int8
+    assert ((got - key).abs() <= key.abs().amax(-1, keepdim=True) / 254 * 1.001).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_copied_weights_multiply_alike_and_leave_no_trace(dtype, num_rows):
+    model = FAMILIES["llama"].build(tie_word_embeddings=True).eval().to(dtype)
+    rows = prompts_of("llama")[:num_rows]
+    plain, packed = Watched(), Watched()
+    generate(model, rows, max_new_tokens=4, strategy=plain, pack_weights=False)
+    with torch.no_grad():  # weights that changed since an earlier call
+        generate(model, rows, max_new_tokens=4, pack_weights=True)
+    generate(model, rows, max_new_tokens=4, strategy=packed, pack_weights=True)
+    tolerance = 1e-5 if dtype is torch.float32 else 0.1
+    assert_close(packed.seen[0], plain.seen[0], atol=tolerance, rtol=tolerance)
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "glm-blank"])
+def test_compiled_steps_are_one_graph_for_all_tokens_and_calls(name):
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    model, rows = FAMILIES[name].build().eval(), prompts_of(name)
+    eager = generate(model, rows, max_new_tokens=8)
+    for _ in range(2):
+        compiled = generate(model, rows, max_new_tokens=8, compile="eager")
+        assert [r.tokens for r in compiled] == [r.tokens for r in eager]
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+class Letters:
+    """A tokenizer of one letter an id, from "A" on."""
+
+    def encode(self, text):
+        return [ord(letter) - 65 for letter in text]
+
+    def decode(self, ids):
+        return "".join(chr(65 + int(token)) for token in ids)
+
+
+@pytest.mark.parametrize("check_every", [1, 4])
+def test_stop_strings_end_a_row_and_are_cut_off(check_every):
+    model, tokenizer = FAMILIES["qwen3"].build().eval(), Letters()
+    rows = prompts_of("qwen3")
+    free = [r.text for r in generate(model, rows, max_new_tokens=8, strategy=Watched(), tokenizer=tokenizer)]
+    stop, options = free[0][2:4], {"max_new_tokens": 8, "tokenizer": tokenizer, "check_every": check_every}
+    results = generate(model, rows, strategy=Watched(), stop_strings=[stop], **options)
+    for text, result in zip(free, results, strict=True):
+        assert result.text == text.partition(stop)[0] and result.finish == ("stop" if stop in text else "length")
+        assert len(result.tokens) == (text.index(stop) + 2 if stop in text else 8)
+    pieces = {}
+    for piece in stream(model, rows, strategy=Watched(), stop_strings=[stop], **options):
+        pieces.setdefault(piece.index, []).append(piece)
+    assert ["".join(p.text for p in pieces[i]) for i in pieces] == [r.text for r in results]
+    assert [[p.token for p in pieces[i]] for i in pieces] == [r.tokens for r in results]
+    assert [pieces[i][-1].finish for i in pieces] == [r.finish for r in results]
+
+
+def test_characters_of_several_tokens_are_shown_whole():
+    class Bytes:
+        def decode(self, ids):
+            return bytes(ids).decode("utf-8", errors="replace")
+
+    reader = RowText(Bytes(), ["|end"])
+    shown = [reader.add([byte]) for byte in "né|en, €|end rest".encode()]
+    assert shown[:3] == ["n", "", "é"] and "|en," in shown and "€" in shown
+    assert "".join(shown) + reader.close() == "né|en, €" and reader.is_stopped
+    cut = RowText(Bytes(), ["|end"])
+    assert cut.add(b"a|e" + "é".encode()[:1]) == "a" and cut.close() == "|e\N{REPLACEMENT CHARACTER}"
+
+
+def test_nan_logits_name_step_and_row():
+    model = FAMILIES["gpt2"].build().eval()
+    with torch.no_grad():
+        model.transformer.word_embeddings.weight[7] = float("nan")
+    with pytest.raises(InputError, match="step 0, row 1: the logits are NaN or infinite"):
+        generate(model, [[5, 6], [7, 8], [5]], max_new_tokens=3)
+
+
+def test_a_task_and_its_wrappers_are_looked_into():
+    model = FAMILIES["gpt2"].build().eval()
+    task = torch.nn.Module()
+    task.model = torch.nn.DataParallel(model)
+    expected = generate(model, [[5, 6]], max_new_tokens=3)[0].tokens
+    assert generate(task, torch.tensor([[5, 6]]), max_new_tokens=3)[0].tokens == expected
+    with pytest.raises(InputError, match="A Linear is no model"):
+        generate(torch.nn.Linear(2, 2), [[5]])
+    with pytest.raises(InputError, match=r"visibility='causal'"):
+        generate(FAMILIES["bert"].build(), [[5]])
+    with pytest.raises(InputError, match="3 words|has 9: text"):
+        generate(FAMILIES["cuda2d"].build(), [[5, 6, 7]])

@@ -18,8 +18,9 @@ from torch import Tensor
 from sat_lightning.errors import InputError
 from sat_lightning.generation.constraints import allow_only
 from sat_lightning.generation.options import Finish, Generation, GenerationOptions, Streamed
+from sat_lightning.generation.packed import PackedWeights, is_worthwhile
 from sat_lightning.generation.prompts import Prompt, batches_of, check_lengths, check_rows, read_prompts
-from sat_lightning.generation.runner import CallOptions, Runner, find_model, longest_of, prepared, writer_of
+from sat_lightning.generation.runner import CallOptions, Runner, find_model, kept_dtype, longest_of, prepared, writer_of
 from sat_lightning.generation.state import DecodingState
 from sat_lightning.generation.strategies import greedy
 from sat_lightning.generation.text import RowText
@@ -55,7 +56,7 @@ def generate(
     """
     job = _Job(model, prompts, strategy, tokenizer, GenerationOptions.read(options, changes))
     results: dict[int, Generation] = {}
-    with prepared(job.model):
+    with prepared(job.model, job.packed()):
         for indices in job.batches():
             batch = _Batch(job, indices)
             for _ in batch.steps():
@@ -90,7 +91,7 @@ def stream(
         InputError: as `generate`.
     """
     job = _Job(model, prompts, strategy, tokenizer, GenerationOptions.read(options, changes))
-    with prepared(job.model):
+    with prepared(job.model, job.packed()):
         for indices in job.batches():
             batch = _Batch(job, indices, is_streamed=True)
             for _ in batch.steps():
@@ -136,9 +137,18 @@ class _Job:
         self.end_tokens = [int(x) for x in (defaults if options.end_tokens is None else options.end_tokens)]
         self.all_ends = {*self.end_tokens, *(getattr(self.strategy, "end_tokens", None) or ())}
         self.call = CallOptions(
-            cache_dtype=options.stored_dtype, prefill_chunk=options.prefill_chunk, visibility=options.visibility,
-            compiled=options.compile, model_kw=options.model_kw, prompt_kw=options.prompt_kw,
+            cache_dtype=options.stored_dtype or kept_dtype(self.model),
+            prefill_chunk=options.prefill_chunk, visibility=options.visibility,
+            compiled=options.backend, model_kw=options.model_kw, prompt_kw=options.prompt_kw,
         )  # fmt: skip
+
+    def packed(self) -> PackedWeights | None:
+        """Return room for copies of the weights, if they are worth it."""
+        num_rows = min(len(self.rows), self.options.batch_size or len(self.rows))
+        is_wanted = not self.options.compile and is_worthwhile(
+            self.model, self.max_new_tokens, self.options.pack_weights
+        )
+        return PackedWeights(num_rows) if is_wanted and num_rows else None
 
     def batches(self) -> Iterator[list[int]]:
         """Yield the indices of the prompts of each batch."""

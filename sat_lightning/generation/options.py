@@ -39,11 +39,13 @@ class GenerationOptions:
     prefill_chunk: int | None = None
     """Tokens of the prompts read at once, to bound memory. Default: all; so are prompts that see all of themselves."""
     cache_dtype: str | torch.dtype | None = None
-    """In which keys and values are kept: fp32, fp16, bf16 or int8. Default: as the model computes them."""
+    """In which keys and values are kept: fp32, fp16, bf16 or int8. Default: as computed; on a CPU fp32 for bf16."""
     check_every: int = 1
     """Look every this many tokens whether all rows have ended: each look makes the host wait for the device."""
-    compile: bool = False
-    """Compile the step that reads one token: worth it for many tokens, as compilation takes long."""
+    pack_weights: bool | None = None
+    """Copy weights in the layout that a CPU multiplies fastest. Default: from 32 new tokens on, up to 2 GiB of them."""
+    compile: bool | str = False
+    """Compile the step that reads one token, by inductor or the backend named: for many tokens, as it takes long."""
     visibility: Visibility = None
     """What the prompt's tokens see: "causal" those before them, "full" all of it. Default: the family's own."""
     allowed_tokens: Callable[[list[int]], Sequence[int] | None] | None = None
@@ -86,6 +88,11 @@ class GenerationOptions:
                 raise ConfigError(f"There is no option '{name}' of a generation.{nearest(name, names)}")
         given = {} if options is None else {name: getattr(options, name) for name in names}
         return cls(**(given | changes))
+
+    @property
+    def backend(self) -> str | None:
+        """Who compiles, or None."""
+        return "inductor" if self.compile is True else self.compile or None
 
     @property
     def stored_dtype(self) -> torch.dtype | None:

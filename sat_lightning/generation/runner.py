@@ -5,8 +5,9 @@ Legend: b rows, s columns of the prompts, n columns in all, v vocabulary.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from sat_lightning.errors import InputError
 from sat_lightning.generation.layout import Visibility, lay_out
+from sat_lightning.generation.packed import PackedWeights
 from sat_lightning.generation.prompts import pad_left, pad_right
 from sat_lightning.hooks import non_conflict
 from sat_lightning.mixins import KeyValueCache, StaticCacheMixin
@@ -23,12 +25,20 @@ from sat_lightning.nn.linear import Embedding
 
 
 class LastTokenMixin(BaseMixin):
-    """Score only the last tokens: the head is the largest linear, and of a prompt one row of its result is read."""
+    """Score only the last tokens: the head is the largest linear, and of a prompt one row of its result is read.
+
+    Args:
+        multiply: see `nn.head.project`. Default: its own.
+    """
+
+    def __init__(self, multiply: Callable[..., Tensor] | None = None) -> None:
+        super().__init__()
+        self.how = {} if multiply is None else {"multiply": multiply}
 
     @non_conflict
     def final_forward(self, logits: Tensor, *, old_impl: Callable[..., Any], num_logits: int = 1, **kw: Any) -> Any:  # noqa: ANN401
         """Cut `[b, s, c]` to `[b, num_logits, c]` first."""
-        return old_impl(logits[:, -num_logits:], **kw)
+        return old_impl(logits[:, -num_logits:], **kw, **self.how)
 
 
 @dataclass
@@ -38,7 +48,7 @@ class CallOptions:
     cache_dtype: torch.dtype | None = None
     prefill_chunk: int | None = None
     visibility: Visibility = None
-    compiled: bool = False
+    compiled: str | None = None
     num_spare: int = 0  # slots of the cache for tokens that are read and may be forgotten
     model_kw: dict[str, Any] = field(default_factory=dict)
     prompt_kw: dict[str, Any] = field(default_factory=dict)
@@ -72,13 +82,24 @@ def longest_of(model: BaseModel) -> int | None:
     return model.config.max_sequence_length if has_table else None
 
 
+def kept_dtype(model: torch.nn.Module) -> torch.dtype | None:
+    """Return in which dtype keys and values are best kept: on a CPU attention in bf16 takes far longer than in fp32."""
+    parameter = next(model.parameters())
+    return torch.float32 if parameter.device.type == "cpu" and parameter.dtype is torch.bfloat16 else None
+
+
 @contextmanager
-def prepared(model: BaseModel | EncoderDecoderModel) -> Iterator[None]:
-    """Put a model in eval mode with a cache, and leave it afterwards as it was, whatever happens."""
+def prepared(model: BaseModel | EncoderDecoderModel, packed: PackedWeights | None = None) -> Iterator[None]:
+    """Put a model in eval mode with a cache, and leave it afterwards as it was, whatever happens.
+
+    Args:
+        model: the model.
+        packed: serves its linears, if there is one.
+    """
     writer = writer_of(model)
     modes = {module: module.training for module in model.modules()}
     needs_cache = not any(isinstance(mixin, StaticCacheMixin) for mixin in writer.mixins.values())
-    own: dict[str, BaseMixin] = {"generation-last-token": LastTokenMixin()}
+    own: dict[str, BaseMixin] = {"generation-last-token": LastTokenMixin(None if packed is None else packed.multiply)}
     if needs_cache:
         own["generation-cache"] = StaticCacheMixin()
     added = []
@@ -87,12 +108,24 @@ def prepared(model: BaseModel | EncoderDecoderModel) -> Iterator[None]:
             writer.add_mixin(name, mixin.eval())
             added.append(name)
         model.eval()
-        yield
+        with nullcontext() if packed is None else packed.serve(writer):
+            yield
     finally:
         for name in added:
             writer.del_mixin(name)
         for module, mode in modes.items():
             module.training = mode
+
+
+def _forward(call: Any, ids: Tensor, places: Tensor | None, mask: Any, cache: KeyValueCache, kw: Any) -> Tensor:  # noqa: ANN401
+    """Run the model: ids `[b, s]` to logits `[b, v]` of the last."""
+    return call(ids, position_ids=places, attention_mask=mask, cache=cache, **kw)[0][:, -1]
+
+
+@functools.cache
+def compiled_forward(backend: str) -> Any:  # noqa: ANN401
+    """Return the forward compiled once for all lengths; the compiler keeps what it made for each model."""
+    return torch.compile(_forward, dynamic=True, fullgraph=True, backend=backend)
 
 
 class Runner:
@@ -129,6 +162,7 @@ class Runner:
         self.cache = KeyValueCache(capacity + options.num_spare, dtype=options.cache_dtype, padding=padding)
         self.cross: dict[str, Any] = {}
         self.positions = self.layout.position_ids
+        self._step = compiled_forward(options.compiled) if options.compiled else _forward
 
     def read(self) -> Tensor:
         """Read the prompts; returns logits `[b, v]` of what follows."""
@@ -155,7 +189,7 @@ class Runner:
 
     def step(self, tokens: Tensor) -> Tensor:
         """Read one token of each row, `[b]`; returns logits `[b, v]` of what follows."""
-        return self._call(tokens[:, None], self.layout.later_mask, {})
+        return self._call(tokens[:, None], self.layout.later_mask, {}, forward=self._step)
 
     def reorder(self, rows: Tensor) -> None:
         """Let row i go on from row `rows[i]`, `[b]`; their number may change."""
@@ -165,14 +199,14 @@ class Runner:
         if isinstance(mask := self.cross.get("cross_attention_mask"), Tensor):
             self.cross = {"cross_attention_mask": mask.index_select(0, rows), "encoder_outputs": self.cache.cross}
 
-    def _call(self, ids: Tensor, mask: Any, more: dict[str, Any]) -> Tensor:  # noqa: ANN401
+    def _call(self, ids: Tensor, mask: Any, more: dict[str, Any], forward: Any = None) -> Tensor:  # noqa: ANN401
         start, stop = self.cache.length, self.cache.length + ids.shape[1]
         places = None if self.positions is None else self.positions[..., start:stop]
         call: Any = self.model.decode if isinstance(self.model, EncoderDecoderModel) else self.model
         kw = {**self.options.model_kw, **self.cross, **more}
-        outputs = call(ids, position_ids=places, attention_mask=mask, cache=self.cache, **kw)
+        logits = (forward or _forward)(call, ids, places, mask, self.cache, kw)
         self.cache.advance(ids.shape[1])
-        return outputs[0][:, -1]
+        return logits
 
     def _encode(self, model: EncoderDecoderModel, prompt_kw: dict[str, Any]) -> None:
         ids, is_token = pad_right(self.sources, self.device)

@@ -1,0 +1,95 @@
+"""Weights laid out as a CPU's matrix products read them fastest, for the time of a generation.
+
+Legend: n rows, i inputs, o outputs of a linear.
+
+A weight `[o, i]` as training keeps it is laid out anew in every product. Laid out once, products of a few rows take a
+half to a third of the time, which is most of a step of a generation. The copies need as much memory as the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+#: Copies above this many bytes are made only when asked for, and none for fewer tokens than these.
+MAX_BYTES, MIN_TOKENS = 2 << 30, 32
+#: A vector times a matrix of at most so many numbers is done by one thread.
+_MAX_SINGLE = 1 << 21
+
+
+class PackedWeights:
+    """Copies of weights, each made when it is first used.
+
+    Args:
+        num_rows: n of the products to come.
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        self.num_rows = num_rows
+        self._copies: dict[int, Tensor] = {}
+
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return `F.linear(x, weight, bias)`."""
+        if x.dtype is not weight.dtype:
+            return F.linear(x, weight, bias)
+        copy = self._copies.get(id(weight))
+        if copy is None:
+            copy = self._copies[id(weight)] = self._copy(weight.detach())
+        if copy.layout is torch.strided:
+            return F.linear(x, copy, bias)
+        return torch.ops.mkldnn._linear_pointwise(x, copy, bias, "none", [], "")
+
+    @contextmanager
+    def serve(self, model: nn.Module) -> Iterator[None]:
+        """Let every plain linear of a model multiply by its copy."""
+        linears = [m for m in model.modules() if isinstance(m, nn.Linear) and _is_plain(m)]
+        for linear in linears:
+            linear.forward = partial(self._apply, linear)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for linear in linears:
+                del linear.forward
+
+    def _apply(self, linear: nn.Linear, x: Tensor) -> Tensor:
+        return self.multiply(x, linear.weight, linear.bias)
+
+    def _copy(self, weight: Tensor) -> Tensor:
+        """Return the weight in the layout that measures fastest for its shape; it may be its own."""
+        num_outputs, num_inputs = weight.shape
+        if self.num_rows == 1 and weight.dtype is torch.float32 and num_inputs < 2 * num_outputs:
+            is_shared_out = torch.get_num_threads() > 1 and weight.numel() > _MAX_SINGLE
+            # A vector times a tall matrix runs down its columns; a large one is shared out among threads as it lies.
+            return weight if num_outputs < 2 * num_inputs or is_shared_out else weight.t().contiguous().t()
+        return torch.ops.mkldnn._reorder_linear_weight(weight, self.num_rows)
+
+
+def is_worthwhile(model: nn.Module, num_tokens: int, wish: bool | None) -> bool:
+    """Say whether to copy weights: there is a kernel for it, and it is asked for, or pays and fits."""
+    parameters = list(model.parameters())
+    dtypes = {p.dtype for p in parameters if p.is_floating_point()}
+    if wish is False or any(p.device.type != "cpu" for p in parameters) or torch.is_autocast_enabled("cpu"):
+        return False
+    if not dtypes <= {torch.float32, torch.bfloat16} or not _has_kernels(torch.bfloat16 in dtypes):
+        return False
+    return bool(wish) or (num_tokens >= MIN_TOKENS and sum(p.nbytes for p in parameters) <= MAX_BYTES)
+
+
+def _has_kernels(needs_bfloat16: bool) -> bool:
+    ops: Any = torch.ops.mkldnn
+    if not torch.backends.mkldnn.is_available() or not hasattr(ops, "_linear_pointwise"):
+        return False
+    return hasattr(ops, "_reorder_linear_weight") and (not needs_bfloat16 or ops._is_mkldnn_bf16_supported())
+
+
+def _is_plain(linear: nn.Linear) -> bool:
+    """Say whether a linear is just one: not wrapped, not a tensor of another kind, not a part of one."""
+    weight, shape = linear.weight, (linear.out_features, linear.in_features)
+    is_whole = type(weight) is nn.Parameter and weight.shape == shape and weight.is_contiguous()
+    return is_whole and "forward" not in vars(linear) and type(linear).forward is nn.Linear.forward
