@@ -17,7 +17,7 @@ from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import ConfigError
 from sat_lightning.hooks import non_conflict, passes_mask
 from sat_lightning.mixins.tuning import TuningMixin
-from sat_lightning.nn.linear import Embedding, Linear, normal_init
+from sat_lightning.nn.linear import Embedding, InitMethod, Linear, normal_init
 from sat_lightning.nn.masks import waiting_keys
 
 
@@ -57,9 +57,7 @@ class PrefixTuningMixin(TuningMixin):
             self.word_embedding_forward = None  # type: ignore[assignment,method-assign]
         init = normal_init(config.init_method_std)
         if projection_size is None:
-            self.prefix = nn.ParameterList(nn.Parameter(torch.empty(self.shape)) for _ in range(config.num_layers))
-            for prefix in self.prefix:
-                init(prefix)
+            self.prefix = nn.ParameterList(self._new_prefix(init) for _ in range(config.num_layers))
         else:
             self.projection = _Projection(config, prefix_len, projection_size)
 
@@ -107,6 +105,11 @@ class PrefixTuningMixin(TuningMixin):
                 prefix.copy_(self.keys_and_values(layer_id))
         result.scale = self.scale
         return result
+
+    def _new_prefix(self, init: InitMethod) -> nn.Parameter:
+        prefix = nn.Parameter(torch.empty(self.shape))
+        init(prefix)  # here, for ZeRO-3 splits what a list holds at once
+        return prefix
 
     def _weigh(self, kw: dict[str, Any], key: Tensor) -> dict[str, Any]:
         """Extend log attention weights `[1|b, 1|h, 1|s, t]` by the prefix, whose weight is `scale`."""

@@ -68,8 +68,16 @@ class PromptTuningMixin(TuningMixin):
         normal_init(config.init_method_std)(self.prompt)
 
     def reinit(self, parent_model: BaseModel | None = None) -> None:
-        """Start as words, if told which."""
+        """Start as words, if told which.
+
+        Raises:
+            ConfigError: if ZeRO-3 has split the words over the ranks.
+        """
         if self.init_token_ids is not None:
+            if hasattr(self.transformer.word_embeddings.weight, "ds_tensor"):
+                raise ConfigError(
+                    "init_token_ids: under ZeRO-3 no rank has the words whole. Start at random, or under zero_2."
+                )
             ids = list(self.init_token_ids) * -(-self.prompt_len // len(self.init_token_ids))
             table = self.transformer.word_embeddings.weight
             with torch.no_grad():
