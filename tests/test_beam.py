@@ -183,6 +183,16 @@ def test_bookkeeping_of_sat_with_its_own_draws(case):
         assert_close(scores, RECORDED[f"{case}.penalized_scores"], atol=5e-6, rtol=1e-6)
 
 
+def test_positional_arguments_are_those_of_sat():
+    strategy = BeamSearchStrategy(3, 0.7, 0.8, 0.0, 0.9, False, [7], [slice(5, 6)], 2, 9, 1.2, 4, 50, 8)
+    assert (strategy.num_beams, strategy.length_penalty, strategy.temperature, strategy.top_k) == (3, 0.7, 0.8, 0)
+    assert (strategy.top_p, strategy.consider_end, strategy.end_tokens) == (0.9, False, (7,))
+    assert (strategy.invalid_slices, strategy.no_repeat_ngram_size) == ((slice(5, 6),), 2)
+    assert (strategy.min_tgt_length, strategy.repetition_penalty) == (9, 1.2)
+    assert (strategy.scoring.prefer_min_length, strategy.scoring.prefer_max_length) == (4, 50)
+    assert strategy.scoring.stop_n_iter_unchanged == 8
+
+
 def test_formula_of_sat():
     scoring = BeamSearchStrategy(2, length_penalty=0.8, prefer_min_length=4, prefer_max_length=6).scoring
     assert scoring.divisor(5) == pytest.approx(6**0.8)
