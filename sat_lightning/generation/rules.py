@@ -63,8 +63,8 @@ class LogitsRules(SatSettings):
         self.end_tokens = tuple(int(token) for token in self.end_tokens or ())
         self.bad_words = tuple(tuple(word) for word in self.bad_words)
         self.processors = tuple(self.processors)
-        if isinstance(self.top_k, float) and self.top_k.is_integer():  # SAT's beam search has 0.0 for all
-            self.top_k = int(self.top_k)
+        if self.top_k == 0:
+            self.top_k = 0  # SAT's beam search writes 0.0
         if not all(self.bad_words):
             raise ConfigError(f"bad_words must be lists of one id or more, not {list(map(list, self.bad_words))}.")
         for name in ("top_k", "no_repeat_ngram_size", "min_tgt_length", "min_new_tokens"):
