@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from sat_lightning.errors import CheckpointError
+from sat_lightning.training import TrainableOnly
 from sat_lightning.training.zero_checkpoint import read_as_lightning
 from sat_lightning.training.zero_shards import ShardFiles
 from tests.test_zero import job, run_in_processes
+from tests.training_examples import counting_loader, make_trainer
 from tests.zero_cases import MIDDLE, NUM_STEPS, OTHERS, STRATEGIES, Case, run_case
 
 FINE = {name: Case(name, family="finetune") for name in (*STRATEGIES, "auto")}
@@ -148,6 +151,25 @@ def test_another_base_and_another_model_are_refused(results: dict[str, Any], fol
         assert content_of(Path(middle(folder, name)))["frozen_base"]["sha256"] in said
     said = results["other model"]["error"]
     assert "The checkpoint does not fit: it lacks nothing, and the model lacks model.mixins.scale.scale. Build" in said
+
+
+def test_validation_compares_the_base_and_leaves_the_module_as_it_was(tmp_path: Path) -> None:
+    made = run_case(FINE["auto"], 1, 0, folder=str(tmp_path / "saved"), trainable_only=True)
+    assert made["global_step"] == NUM_STEPS
+    task = OTHERS["finetune"]()
+    trainer = make_trainer(callbacks=TrainableOnly(), default_root_dir=tmp_path)
+    for seed in (1, 0):
+        torch.manual_seed(seed)
+        task = OTHERS["finetune"]()
+        task.configure_model()
+        if seed:
+            with pytest.raises(CheckpointError, match="was trained on another base"):
+                trainer.validate(task, counting_loader(8), ckpt_path=tmp_path / "saved" / "end.ckpt", verbose=False)
+        else:
+            trainer.validate(task, counting_loader(8), ckpt_path=tmp_path / "saved" / "end.ckpt", verbose=False)
+    assert "on_load_checkpoint" not in vars(task)
+    saved = torch.load(tmp_path / "saved" / "end.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(task.state_dict()[name], value) for name, value in saved.items())
 
 
 @pytest.mark.timeout(1200)

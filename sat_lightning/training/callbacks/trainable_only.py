@@ -1,5 +1,6 @@
 """Checkpoints of fine-tunes without the frozen base, which is recorded by its content."""
 
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -39,18 +40,18 @@ class TrainableOnly(L.Callback):
         if isinstance(strategy, DeepSpeedStrategy) and not isinstance(strategy, SATDeepSpeedStrategy):
             name = type(strategy).__name__
             raise ConfigError(f"TrainableOnly: {name} writes all weights. Use zero_1, zero_2 or zero_3, or ddp.")
+        self.teardown(trainer, pl_module, stage)  # a run that was refused has not come to it
         pl_module.strict_loading = False
         self._known = None
-        if stage != "fit" and self._inner is None:
+        if stage != "fit":
             # Only of what is fitted does Lightning show callbacks the checkpoint; the module always sees it.
             self._inner = pl_module.on_load_checkpoint
-            pl_module.on_load_checkpoint = self._check_and_load  # type: ignore[method-assign]
-            self._trainer = trainer
+            pl_module.on_load_checkpoint = partial(self._check_and_load, trainer)  # type: ignore[method-assign]
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave the module as it was."""
         if self._inner is not None:
-            del pl_module.on_load_checkpoint
+            pl_module.__dict__.pop("on_load_checkpoint", None)
             self._inner = None
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -75,6 +76,6 @@ class TrainableOnly(L.Callback):
         if is_partial:
             check_base(checkpoint[FROZEN_BASE_KEY], pl_module, trainer.strategy)
 
-    def _check_and_load(self, checkpoint: dict[str, Any]) -> None:
-        self.on_load_checkpoint(self._trainer, self._trainer.lightning_module, checkpoint)
+    def _check_and_load(self, trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
+        self.on_load_checkpoint(trainer, trainer.lightning_module, checkpoint)
         self._inner(checkpoint)
