@@ -295,6 +295,20 @@ def test_a_hugging_face_folder_brings_its_tokenizer_and_its_ends(folder: Path, c
     assert (line["finish"], line["num_tokens"]) == ("end", place + 1)
     run(*base, "--ignore-end", "--output", "out.jsonl")
     assert lines()[0]["generated"] == tokenizer.decode(expected)
+    # What the tokenizer's file puts before a text stands before a prompt, and what it puts behind one does not.
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="d $A <|im_end|>", special_tokens=[("d", 4), ("<|im_end|>", 6)]
+    )
+    tokenizer.save("hf/tokenizer.json")
+
+    def behind(*prompt: int) -> str:
+        found = theirs.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=None)
+        return tokenizer.decode(found[0, len(prompt) :].tolist())
+
+    run(*base, "--ignore-end", "--output", "out.jsonl")
+    assert lines()[0]["generated"] == behind(4, 1, 2)
+    run(*base, "--ignore-end", "--output", "out.jsonl", "--begin-token", "c", "--begin-token", "3")
+    assert lines()[0]["generated"] == behind(3, 3, 1, 2)
 
 
 def test_what_is_written_obeys_a_regular_expression_or_a_schema(

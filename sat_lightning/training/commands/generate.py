@@ -22,7 +22,13 @@ from sat_lightning.generation.runner import longest_of, writer_of
 from sat_lightning.model import EncoderDecoderModel
 from sat_lightning.training.commands.records import Output, Record, only_writer, read_records
 from sat_lightning.training.commands.source import Source, describe_path, find_weights, load_source
-from sat_lightning.training.commands.words import Parser, make_generation_options, make_parser, make_strategy
+from sat_lightning.training.commands.words import (
+    Parser,
+    make_generation_options,
+    make_parser,
+    make_strategy,
+    read_token,
+)
 
 #: Batches whose prompts are sorted by length together.
 _BATCHES_PER_BLOCK = 64
@@ -68,6 +74,7 @@ def _make_parser(verb: str) -> Parser:
     add("--field", default="prompt", metavar="NAME", help="of the text in a line of the input; default: prompt")
     add("--output", metavar="FILE", help="where lines are added; not finished, it is gone on with")
     add("--overwrite", action="store_true", help="begin the output anew")
+    add("--begin-token", action="append", metavar="TOKEN", help="id or text of a token before every prompt; may be given again; default: what a model folder's tokenizer puts there")  # fmt: skip # noqa: E501
     add("--batch-size", type=int, default=8, metavar="N", help="prompts at once; default: 8")
     add("--truncate", action="store_true", help="leave out the beginning of prompts that are too long")
     add("--only-new", action="store_true", help="on the terminal, leave out the prompts")
@@ -136,21 +143,28 @@ def _batches(
 def _read_ids(record: Record, source: Source, settings: GenerationOptions, truncates: bool) -> list[int]:
     """Return the ids of a prompt that the model has room for; of an empty one the beginning of a document."""
     prompt = record.prompt
-    ids = [int(token) for token in (source.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)]
-    ids = ids or [int(source.tokenizer.end_of_document_id)]
     is_pair = isinstance(source.model, EncoderDecoderModel)
+    begin: list[int] = []
+    if isinstance(prompt, str):
+        begin = source.begin_tokens
+        ids = [int(token) for token in source.tokenizer.encode(prompt)] + (source.close_tokens if is_pair else [])
+    else:
+        ids = list(prompt)
+    if not begin and not ids:
+        begin = [int(source.tokenizer.end_of_document_id)]
     longest = longest_of(source.model.encoder if is_pair else writer_of(source.model))
     if longest is None:
-        return ids
+        return [*begin, *ids]
     room = longest if is_pair else longest - int(settings.max_new_tokens or 0)
     if room < 1:
         raise UsageError(f"--max-new-tokens is {settings.max_new_tokens}, and the model has {longest} positions.")
-    if len(ids) > room and not truncates:
+    num_tokens = len(begin) + len(ids)
+    if num_tokens > room and not truncates:
         raise DataError(
-            f"prompt {record.index + 1} has {len(ids)} tokens; the model has {longest} positions, which leaves {room} "
+            f"prompt {record.index + 1} has {num_tokens} tokens; the model has {longest} positions, {room} of them "
             f"beside --max-new-tokens {settings.max_new_tokens}. Lower that, or give --truncate."
         )
-    return ids[-room:]
+    return [*begin, *ids[max(0, num_tokens - room) :]][:room]
 
 
 def _line(record: Record, found: Generation, n_best: int) -> dict[str, Any]:
@@ -171,7 +185,10 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _load(options: argparse.Namespace) -> Source:
-    return load_source(options.ckpt, tokenizer=options.tokenizer, dtype=options.dtype, device=options.device)
+    source = load_source(options.ckpt, tokenizer=options.tokenizer, dtype=options.dtype, device=options.device)
+    if options.begin_token is not None:
+        source.begin_tokens = [read_token(word, f"--begin-token {word!r}", source) for word in options.begin_token]
+    return source
 
 
 def say(text: str) -> None:

@@ -38,6 +38,10 @@ class Source:
     """The folder or file that was read."""
     end_tokens: list[int] = field(default_factory=list)
     """Ids that end a text: the tokenizer's end of a document, and those of a `generation_config.json`."""
+    begin_tokens: list[int] = field(default_factory=list)
+    """Ids before a text of the user's, by the tokenizer's own file: LLaMA's `<s>`. A run of ours is trained without."""
+    close_tokens: list[int] = field(default_factory=list)
+    """Ids behind a text that an encoder reads whole: T5's `</s>`."""
 
 
 def load_source(
@@ -68,7 +72,8 @@ def load_source(
         model = _load_checkpoint(weights, run)
     else:
         model = AutoModel.from_pretrained(weights, overrides=overrides or {})
-    return Source(model.to(place, DTYPES[dtype]).eval(), found, weights, _find_ends(found, weights))
+    before, behind = ([], []) if run is not None and tokenizer is None else find_wrapping(found)
+    return Source(model.to(place, DTYPES[dtype]).eval(), found, weights, _find_ends(found, weights), before, behind)
 
 
 def load_model(path: str, *, base: str | None = None, overrides: Any = None) -> Any:  # noqa: ANN401
@@ -210,6 +215,22 @@ def _find_tokenizer(name: str | None, weights: Path, run: Path | None) -> Tokeni
             return ByteTokenizer() if wanted == "bytes" else get_tokenizer(wanted, end)
     where = f"{run / CONFIG_NAME} names no tokenizer." if run else str(reason or f"{weights} comes without a run.")
     raise DataError(f"There is no tokenizer: {where} Name one: --tokenizer bytes, a file, or a model's folder.")
+
+
+def find_wrapping(tokenizer: Any) -> tuple[list[int], list[int]]:  # noqa: ANN401
+    """Return the ids that a tokenizer's file puts before and behind a text when it is asked for special tokens.
+
+    Args:
+        tokenizer: one with `to_json()`, the format of the `tokenizers` library; others put none.
+    """
+    if not hasattr(tokenizer, "to_json"):
+        return [], []
+    from tokenizers import Tokenizer as LibraryTokenizer  # it is there: it has made this one
+
+    library = LibraryTokenizer.from_str(tokenizer.to_json())
+    bare, whole = (library.encode("a", add_special_tokens=adds).ids for adds in (False, True))
+    places = [i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare]
+    return (whole[: places[0]], whole[places[0] + len(bare) :]) if places and bare else ([], [])
 
 
 def _find_ends(tokenizer: Tokenizer, weights: Path) -> list[int]:

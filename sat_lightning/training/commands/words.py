@@ -122,15 +122,24 @@ def find_end_tokens(options: argparse.Namespace, source: Source) -> list[int]:
         raise UsageError("--ignore-end and --end-token contradict each other. Give one of the two.")
     if not options.end_token:
         return [] if options.ignore_end else [x for x in source.end_tokens if x < source.model.config.vocab_size]
-    ends = []
-    for word in options.end_token:
-        ids = [int(word)] if word.isdecimal() else [int(token) for token in source.tokenizer.encode(word)]
-        if len(ids) != 1:
-            raise UsageError(
-                f"--end-token {word!r} is {len(ids)} tokens. Give one token or its id, or --stop {word!r}."
-            )
-        ends += ids
-    return ends
+    return [read_token(word, f"--end-token {word!r}", source) for word in options.end_token]
+
+
+def read_token(word: str, option: str, source: Source) -> int:
+    """Return the id of a token that an option names.
+
+    Args:
+        word: the id, or the text.
+        option: and its value, for the message.
+        source: turns text into ids.
+
+    Raises:
+        UsageError: it is no single token.
+    """
+    ids = [int(word)] if word.isdecimal() else [int(token) for token in source.tokenizer.encode(word)]
+    if len(ids) != 1:
+        raise UsageError(f"{option} is {len(ids)} tokens. Give one token, or its id; a text ends at --stop TEXT.")
+    return ids[0]
 
 
 def make_generation_options(options: argparse.Namespace, source: Source) -> GenerationOptions:
