@@ -14,7 +14,8 @@ from sat_lightning.errors import CheckpointError
 from sat_lightning.mixins.dora import DoraWeights
 from sat_lightning.mixins.ia3 import Factors
 from sat_lightning.mixins.lora import LoraWeights
-from sat_lightning.mixins.weight_tuning import WeightTuningMixin, dense_weight
+from sat_lightning.mixins.quantized import dense_weight
+from sat_lightning.mixins.weight_tuning import WeightTuningMixin
 
 Adapters = Mapping[tuple[str, str], tuple[Any, float]]
 """(Part of the model, place) -> adapter and scale."""

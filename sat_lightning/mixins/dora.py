@@ -13,7 +13,8 @@ from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import ConfigError, HookConflictError
 from sat_lightning.mixins.lora import LoraMixin, LoraWeights
 from sat_lightning.mixins.places import Place, Slot
-from sat_lightning.mixins.weight_tuning import Adapter, Kept, WeightTuningMixin, dense_weight, learned, rows_of, whole
+from sat_lightning.mixins.quantized import dense_weight
+from sat_lightning.mixins.weight_tuning import Adapter, Kept, WeightTuningMixin, learned, rows_of, whole
 from sat_lightning.model import BaseMixin
 
 

@@ -17,12 +17,12 @@ from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import ConfigError
 from sat_lightning.hooks import non_conflict
 from sat_lightning.mixins.places import Place, Slot, look_up
+from sat_lightning.mixins.quantized import dense_weight
 from sat_lightning.mixins.weight_tuning import (
     Adapter,
     Kept,
     WeightTuningMixin,
     check_patterns,
-    dense_weight,
     learned,
     rows_of,
     whole,

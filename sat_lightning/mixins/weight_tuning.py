@@ -18,6 +18,7 @@ from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import CheckpointError, ConfigError, HookError
 from sat_lightning.hooks import non_conflict
 from sat_lightning.mixins.places import Place, Slot, choose, nested
+from sat_lightning.mixins.quantized import dense_weight, is_quantized, make_dense, replace_linear
 from sat_lightning.mixins.tuning import TuningMixin
 from sat_lightning.model import BaseMixin
 
@@ -74,6 +75,7 @@ class WeightTuningMixin(TuningMixin):
         self.target = target
         self._adapters: dict[nn.Module, Adapter] = {}
         self._kept: dict[nn.Module, Kept] = {}
+        self._quantized: dict[nn.Module, nn.Module] = {}
 
     @abstractmethod
     def make_adapter(self, place: Place, slots: list[Slot]) -> Adapter:
@@ -154,12 +156,22 @@ class WeightTuningMixin(TuningMixin):
         self._refuse_merge()
         merged = {}
         for module, adapter in self._adapters.items():
-            weight, bias = module.weight, getattr(module, "bias", None)
-            merged[module] = adapter.merged(dense_weight(module).float(), _float(bias), self.scale)
+            bias, weight = getattr(module, "bias", None), dense_weight(module)
+            merged[module] = adapter.merged(weight.float(), _float(bias), self.scale)
             self._kept[module] = weight.clone(), None if bias is None else bias.clone()
         for module, values in merged.items():
-            _fill(module, values)
+            _fill(self._dense(module), values)
         super()._set_silent(True)
+
+    def _dense(self, module: nn.Module) -> nn.Module:
+        """Return a linear that can take any weight: itself, or what stands in for one of 4 bits from now on."""
+        if not is_quantized(module):
+            return module
+        values = self._kept.pop(module)
+        dense = make_dense(module, values[0])
+        replace_linear(self._owner, module, dense)  # type: ignore[arg-type]
+        self._kept[dense], self._quantized[dense] = values, module
+        return dense
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -180,8 +192,11 @@ class WeightTuningMixin(TuningMixin):
                     "be undone first, by training or by loading. To unmerge would lose that."
                 )
         for module, values in self._kept.items():
-            _fill(module, values)
-        self._kept = {}
+            if module in self._quantized:
+                replace_linear(self._owner, module, self._quantized[module])  # type: ignore[arg-type]
+            else:
+                _fill(module, values)
+        self._kept, self._quantized = {}, {}
         self._set_silent(False)
 
     def _set_silent(self, is_silent: bool) -> None:
@@ -228,11 +243,6 @@ class WeightTuningMixin(TuningMixin):
                 "unmerge(), or del_mixin for a plain model."
             )
         super()._save_to_state_dict(destination, prefix, keep_vars)
-
-
-def dense_weight(module: nn.Module) -> Tensor:
-    """Return the weight of a linear `[out, in]` or of an embedding `[words, features]`."""
-    return module.weight.detach()
 
 
 @contextmanager
