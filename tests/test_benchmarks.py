@@ -81,6 +81,15 @@ def test_data_index():
     assert table["torch WeightedRandomSampler"][3] == "draws all again"
 
 
+def test_decode():
+    """The script itself refuses contestants that write different texts."""
+    text = run("decode.py", "--rounds", "1", "--batch-sizes", "2", "--peers", "ours", "hf")
+    table = rows(text)
+    assert list(table) == ["sat_lightning", "transformers, dynamic cache", "one Linear over all weights"]
+    for speed, ratio, share in table.values():
+        assert float(speed.split()[0]) > 0 and float(ratio.split()[0]) > 0 and float(share) >= 0
+
+
 @pytest.mark.slow  # a process for each contestant and round
 def test_loading():
     """The script itself refuses contestants that read different weights."""

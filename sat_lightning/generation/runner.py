@@ -196,8 +196,10 @@ class Runner:
         self.cache.reorder(rows)
         if self.positions is not None and self.positions.shape[0] > 1:
             self.positions = self.positions.index_select(0, rows)
-        if isinstance(mask := self.cross.get("cross_attention_mask"), Tensor):
-            self.cross = {"cross_attention_mask": mask.index_select(0, rows), "encoder_outputs": self.cache.cross}
+        if self.cross:
+            mask = self.cross["cross_attention_mask"]
+            mask = None if mask is None else mask.index_select(0, rows)
+            self.cross = {"cross_attention_mask": mask, "encoder_outputs": self.cache.cross}
 
     def _call(self, ids: Tensor, mask: Any, more: dict[str, Any], forward: Any = None) -> Tensor:  # noqa: ANN401
         start, stop = self.cache.length, self.cache.length + ids.shape[1]
