@@ -6,6 +6,7 @@ from sat_lightning.checkpoint.adapters import load_adapter, save_adapter
 from sat_lightning.checkpoint.hub import known_models, sat_home
 from sat_lightning.checkpoint.huggingface import save_huggingface
 from sat_lightning.checkpoint.loading import load_checkpoint
+from sat_lightning.checkpoint.merge import merge_adapters
 from sat_lightning.checkpoint.native import save_pretrained
 from sat_lightning.checkpoint.peft import load_peft, save_peft
 from sat_lightning.checkpoint.pretrained import AutoModel, from_pretrained
@@ -21,6 +22,7 @@ __all__ = [
     "load_adapter",
     "load_checkpoint",
     "load_peft",
+    "merge_adapters",
     "sat_home",
     "save_adapter",
     "save_huggingface",

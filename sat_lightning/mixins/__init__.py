@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from sat_lightning.mixins.adapter import AdapterMixin
     from sat_lightning.mixins.bitfit import BitFitMixin
     from sat_lightning.mixins.cached_autoregressive import CachedAutoregressiveMixin
+    from sat_lightning.mixins.combine import combine_loras
     from sat_lightning.mixins.distilled_classifier import DistilledClassifierMixin
     from sat_lightning.mixins.dora import DoraMixin
     from sat_lightning.mixins.ffadd import FFADDMixin
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from sat_lightning.mixins.prefix_tuning import PrefixTuningMixin, PTuningV2Mixin
     from sat_lightning.mixins.prompt_tuning import PromptTuningMixin
     from sat_lightning.mixins.qk_norm import QKNormMixin
+    from sat_lightning.mixins.quantized import quantize_base
     from sat_lightning.mixins.relative_bias import RelativeBiasMixin
     from sat_lightning.mixins.rotary import RotaryMixin
     from sat_lightning.mixins.routing import TopKRoutingMixin
@@ -66,6 +68,8 @@ __all__ = [
     "TopKRoutingMixin",
     "TuningMixin",
     "WholeTableMixin",
+    "combine_loras",
+    "quantize_base",
 ]
 
 # The names of each module.
@@ -73,6 +77,7 @@ _LAZY = {
     "adapter": "AdapterMixin",
     "bitfit": "BitFitMixin",
     "cached_autoregressive": "CachedAutoregressiveMixin",
+    "combine": "combine_loras",
     "distilled_classifier": "DistilledClassifierMixin",
     "dora": "DoraMixin",
     "ffadd": "FFADDMixin",
@@ -90,6 +95,7 @@ _LAZY = {
     "prefix_tuning": "PTuningV2Mixin PrefixTuningMixin",
     "prompt_tuning": "PromptTuningMixin",
     "qk_norm": "QKNormMixin",
+    "quantized": "quantize_base",
     "relative_bias": "RelativeBiasMixin",
     "rotary": "RotaryMixin",
     "routing": "TopKRoutingMixin",
