@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from sat_lightning import BaseModel, TransformerConfig
 from sat_lightning.errors import ConfigError, HookError, InputError
-from sat_lightning.mixins import AdapterMixin, FFADDMixin, MLPHeadMixin, PrefixTuningMixin, TaskHeadsMixin
+from sat_lightning.mixins import AdapterMixin, FFADDMixin, MLPHeadMixin, NoMixin, PrefixTuningMixin, TaskHeadsMixin
 from sat_lightning.mixins.mlp_head import pool
 from sat_lightning.models import GPT2Model, T5Model
 from sat_lightning.training import OptimConfig, SATLightningModule
@@ -91,12 +91,12 @@ def test_a_mixin_of_a_part_is_built_with_the_configuration_of_the_part():
     assert len(list(task.model.encoder.mixins["prefix"].parameters())) == 2
 
 
-def test_none_removes_a_mixin_for_another_head_to_take_its_place():
-    task = make_task(mixins={"gpt2-final": None, "head": lambda c: MLPHeadMixin(c, 5)})
+def test_no_mixin_removes_a_mixin_for_another_head_to_take_its_place():
+    task = make_task(mixins={"gpt2-final": NoMixin, "head": lambda c: MLPHeadMixin(c, 5)})
     task.configure_model()
     assert task.model.hook_origins["final_forward"] == "head"
     with pytest.raises(HookError, match="No mixin is named 'gpt2-finl'.*Did you mean 'gpt2-final'"):
-        make_task(mixins={"gpt2-finl": None}).configure_model()
+        make_task(mixins={"gpt2-finl": NoMixin}).configure_model()
 
 
 def test_init_from_does_without_a_head_that_was_removed(tmp_path):
@@ -104,7 +104,7 @@ def test_init_from_does_without_a_head_that_was_removed(tmp_path):
 
     base = make_model()
     base.save_pretrained(tmp_path)
-    task = make_task(mixins={"gpt2-final": None, "head": lambda c: MLPHeadMixin(c, 5)})
+    task = make_task(mixins={"gpt2-final": NoMixin, "head": lambda c: MLPHeadMixin(c, 5)})
     init_from(task, tmp_path)
     task.configure_model()
     assert_close(task.model.transformer.state_dict(), base.transformer.state_dict(), atol=0, rtol=0)

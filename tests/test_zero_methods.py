@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from sat_lightning.mixins import NoMixin
 from sat_lightning.models import GPT2Model
 from sat_lightning.training import OptimConfig, SATDeepSpeedStrategy, ZeroOptions
 from tests.families import SIZES
@@ -58,7 +59,7 @@ def build() -> GPT2Model:
 
 def learn(name: str, strategy: Any, num_ranks: int) -> list[float]:
     L.seed_everything(0, verbose=False)
-    removed = {"gpt2-final": None} if METHODS[name].replaces_head else {}
+    removed = {"gpt2-final": NoMixin} if METHODS[name].replaces_head else {}
     task, losses = (
         Task(build, {**removed, "tuned": METHODS[name].make}, optim=OptimConfig(learning_rate=1e-2)),
         Losses(),

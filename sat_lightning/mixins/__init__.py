@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sat_lightning.mixins.lora import LoRAMixin, LoraMixin
     from sat_lightning.mixins.masked_lm_head import MaskedLMHeadMixin
     from sat_lightning.mixins.mlp_head import MLPHeadMixin, TaskHeadsMixin
+    from sat_lightning.mixins.no_mixin import NoMixin
     from sat_lightning.mixins.past_key_values import PastKeyValuesMixin
     from sat_lightning.mixins.patch_embedding import ImageConfig, PatchEmbeddingMixin, WholeTableMixin
     from sat_lightning.mixins.pooler import PoolerMixin
@@ -53,6 +54,7 @@ __all__ = [
     "LoraMixin",
     "MLPHeadMixin",
     "MaskedLMHeadMixin",
+    "NoMixin",
     "PTuningV2Mixin",
     "PastKeyValuesMixin",
     "PatchEmbeddingMixin",
@@ -89,6 +91,7 @@ _LAZY = {
     "lora": "LoRAMixin LoraMixin",
     "masked_lm_head": "MaskedLMHeadMixin",
     "mlp_head": "MLPHeadMixin TaskHeadsMixin",
+    "no_mixin": "NoMixin",
     "past_key_values": "PastKeyValuesMixin",
     "patch_embedding": "ImageConfig PatchEmbeddingMixin WholeTableMixin",
     "pooler": "PoolerMixin",

@@ -60,8 +60,8 @@ def _read_weights(module: L.LightningModule, path: Path) -> None:
         return
     factories = getattr(module, "_mixin_factories", {})
     added, removed = (
-        tuple(f"mixins.{name}.*" for name, factory in factories.items() if (factory is None) == is_removed)
-        for is_removed in (False, True)
+        tuple(f"mixins.{name}.*" for name in factories if (name in model.mixins) == is_there)
+        for is_there in (True, False)
     )
     if path.suffix in _FILES_OF_RUNS:
         tensors = {name.removeprefix("model."): tensor for name, tensor in _weights_of_run(path).items()}

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import ConfigError
+from sat_lightning.mixins.no_mixin import NoMixin
 from sat_lightning.model import AnyModel, BaseMixin
 from sat_lightning.model.composed import owner_of
 from sat_lightning.training.callbacks.exact_resume import ExactResume
@@ -41,9 +42,9 @@ class SATLightningModule(StepModule):
     Args:
         model: builds the model; called in `configure_model`, so that a sharding strategy can build it in pieces. A
             model that stands already will do too.
-        mixins: builders of mixins to add, by name; each receives the configuration of the model that holds it. None in
-            place of a builder removes the mixin of that name: a head that another one replaces. A second `--config`
-            that lists mixins replaces the first one's, so a model's own mixins belong in its class.
+        mixins: builders of mixins to add, by name; each receives the configuration of the model that holds it.
+            `NoMixin` removes the mixin of that name: a head that another one replaces. A second `--config` that lists
+            mixins replaces the first one's, so a model's own mixins belong in its class.
         trainable: regular expressions over parameter names; only what matches trains. Default: everything, or where a
             mixin is a method of fine-tuning, such mixins and heads. See `freeze_base` and `freeze_parameters`.
         frozen: regular expressions over parameter names; what matches does not train, also inside `trainable`.
@@ -58,7 +59,7 @@ class SATLightningModule(StepModule):
     def __init__(
         self,
         model: ModelFactory,
-        mixins: dict[str, MixinFactory | None] | None = None,
+        mixins: dict[str, MixinFactory] | None = None,
         trainable: list[str] | None = None,
         frozen: list[str] | None = None,
         compile: bool | dict[str, Any] = False,
@@ -164,12 +165,14 @@ class SATLightningModule(StepModule):
     def _finish(self, model: AnyModel) -> None:
         if not model.training:  # from_pretrained builds for inference, and Lightning leaves the mode as it is
             model.train()
+        added = []
         for name, factory in self._mixin_factories.items():
-            if factory is None:
+            mixin = factory(owner_of(model, name).config)
+            if isinstance(mixin, NoMixin):
                 model.del_mixin(name)
             else:
-                model.add_mixin(name, factory(owner_of(model, name).config))
-        added = [name for name, factory in self._mixin_factories.items() if factory is not None]
+                model.add_mixin(name, mixin)
+                added.append(name)
         model.reinit(added)
         if self._trainable is None:
             freeze_base(model, added)
