@@ -153,6 +153,7 @@ def test_a_killed_run_goes_on_and_writes_what_it_would_have_written(
     calls, real = [], command.generate
 
     def dying(model, prompts, **kw):
+        assert not Path("out.jsonl").exists() or Path("out.jsonl").read_bytes().endswith(b"\n")
         calls.append(len(prompts))
         if len(calls) == 3:
             raise KeyboardInterrupt

@@ -73,7 +73,7 @@ def shared_losses(
                 return None
         for start in range(0, len(answers), batch_size):
             part = answers[start : start + batch_size]
-            cache.crop(held)
+            # Nothing is advanced: each part begins behind the prompt, which the first row still holds.
             cache.reorder(torch.zeros(len(part), dtype=torch.int64, device=device))
             # The prompt's last token predicts the first of each answer: it is read with them.
             input_ids = pad_rows([[prompt[-1], *answer[:-1]] for answer in part], 0).to(device)
