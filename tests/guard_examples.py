@@ -113,7 +113,9 @@ def state_of(trainer: L.Trainer) -> dict[str, Any]:
     state["scaler"] = trainer.precision_plugin.state_dict()
     owner = getattr(engine, "optimizer", None)
     scaler = getattr(owner, "loss_scaler", None) or getattr(owner, "loss_scale_config", None)
-    values = vars(scaler).items() if scaler else ()
+    # Without fp16 it counts iterations and scales nothing.
+    is_scaling = getattr(scaler, "dynamic_loss_scale", False) or getattr(scaler, "dynamic", False)
+    values = vars(scaler).items() if is_scaling else ()
     state["scaler of DeepSpeed"] = {name: value for name, value in values if isinstance(value, int | float)}
     state["loss_scale"] = state["scaler"].get("scale") or state["scaler of DeepSpeed"].get("cur_scale")
     state["global_step"] = trainer.global_step
