@@ -263,6 +263,15 @@ def test_nan_logits_name_step_and_row():
         model.transformer.word_embeddings.weight[7] = float("nan")
     with pytest.raises(InputError, match="step 0, row 1: the logits are NaN or infinite"):
         generate(model, [[5, 6], [7, 8], [5]], max_new_tokens=3)
+    with pytest.raises(InputError, match="step 0, row 2"):  # the second of three batches
+        generate(model, [[5, 6, 8], [5], [7, 8]], max_new_tokens=3, batch_size=1)
+
+
+def test_what_is_cached_is_not_given_back_again():
+    model = FAMILIES["glm130b"].build().eval()
+    assert "mem_kv" in model(ids())[1]
+    model.add_mixin("cache", StaticCacheMixin())
+    assert "mem_kv" not in model(ids(), cache=KeyValueCache(9))[1]
 
 
 def test_a_task_and_its_wrappers_are_looked_into():

@@ -175,8 +175,9 @@ class DecodingState:
 
     def _raise_failure(self) -> None:
         codes = self.failed_at.tolist()
-        row = next(row for row, code in enumerate(codes) if code >= 0)
-        step, nothing_allowed = divmod(codes[row], 2)
+        index = next(index for index, code in enumerate(codes) if code >= 0)
+        row = self.row_ids[index] if self.row_ids else index  # which of all prompts, whatever batch it is in
+        step, nothing_allowed = divmod(codes[index], 2)
         if nothing_allowed:
             cure = "bad words, invalid slices and constraints together leave nothing; allow at least an end token."
             raise InputError(f"step {step}, row {row}: no token is allowed: {cure}")

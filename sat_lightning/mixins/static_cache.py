@@ -117,7 +117,8 @@ class StaticCacheMixin(BaseMixin):
     """Attend to what a `KeyValueCache` holds, when the call has one: `model(input_ids, ..., cache=cache)`.
 
     Without `cache` it does nothing. Keys that another mixin appends behind the sequence (`appended_keys` says how many)
-    are not stored. A mask tensor over the new tokens alone lets them see all that is held.
+    are not stored. A mask tensor over the new tokens alone lets them see all that is held. What the mixin wraps hears
+    `is_cached`: somebody remembers these keys already.
     """
 
     @non_conflict
@@ -152,7 +153,7 @@ class StaticCacheMixin(BaseMixin):
             kw["output_cross_layer"]["mask_of_cache"] = mask_of_cache
             _, mask, is_binary = mask_of_cache
             kw["binary_masks"] = (*kw.get("binary_masks", ()), mask) if is_binary else kw.get("binary_masks", ())
-        context = old_impl(query.to(key.dtype), key, value, mask, dropout_fn, **kw)
+        context = old_impl(query.to(key.dtype), key, value, mask, dropout_fn, **kw, is_cached=True)
         return context.to(query.dtype)
 
 

@@ -84,7 +84,7 @@ class KeyValueMemoryMixin(BaseMixin):
         **kw: Any,
     ) -> Tensor:
         """Attend; the memory is `[b, s, k heads | v heads]`."""
-        if not self.training and kw.get("cache") is None:  # a cache remembers by itself
+        if not self.training and not kw.get("is_cached"):  # a cache remembers by itself
             pair = torch.stack((key, value), dim=1)  # [b, 2, h, s, d]
             kw["output_this_layer"]["mem_kv"] = pair.permute(0, 3, 1, 2, 4).flatten(2).detach()
         return old_impl(query, key, value, mask, dropout_fn, **kw)
