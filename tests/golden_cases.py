@@ -225,9 +225,6 @@ PROCEDURES = {
     "glm4v": see,
     "vit_interp": interpolate,
 }
-#: Case -> arguments of from_pretrained that it needs.
-# SAT runs its adapter in post order whatever layernorm_order says.
-OPTIONS = {"adapter": {"layernorm_order": "post"}}
 #: Model class -> keywords of every call that the recording set otherwise: MAE's drawing was replaced by a tensor.
 KEYWORDS = {"MAE": {"noise": "@noise"}}
 #: Cases that are recorded for other tests: faults.
@@ -259,7 +256,7 @@ class Case:
 
     def load(self, **changes):
         """Load by the public API; what SAT leaves out of model_config.json is taken from case.json."""
-        options = {**self._left_out(), **OPTIONS.get(self.name, {}), **changes}
+        options = {**self._left_out(), **changes}
         if self.name not in MIXINS:
             return AutoModel.from_pretrained(self.folder, **options)
         values = json.loads((self.folder / "model_config.json").read_text())

@@ -1,5 +1,6 @@
 """What a training run does with methods of fine-tuning, and the formulas of adapters and heads."""
 
+import copy
 import functools
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from sat_lightning import BaseModel, TransformerConfig
+from sat_lightning import AutoModel, BaseModel, TransformerConfig
+from sat_lightning.checkpoint import load_checkpoint, save_sat
 from sat_lightning.errors import ConfigError, HookError, InputError
 from sat_lightning.mixins import AdapterMixin, FFADDMixin, MLPHeadMixin, NoMixin, PrefixTuningMixin, TaskHeadsMixin
 from sat_lightning.mixins.mlp_head import pool
@@ -157,6 +159,41 @@ def test_adapters_equal_the_formula_in_every_order_of_norms(order, is_parallel):
         expected = model.transformer.final_layernorm(x) @ model.transformer.word_embeddings.weight.T
         assert_close(model(ids)[0], expected, atol=1e-4, rtol=1e-5)
     assert not model.hooks.reads_mask, "an [s, s] tensor would be made for a causal mask"
+
+
+def test_adapters_of_sat_run_their_layers_as_sat_does_and_ours_as_the_model_does(tmp_path):
+    torch.manual_seed(0)
+    config = TINY.replace(layernorm_order="pre")
+    post = BaseModel(config.replace(layernorm_order="post")).eval()
+    post.add_mixin("adapter", AdapterMixin(post.config, 6))
+    with torch.no_grad():
+        for parameter in post.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    ids = torch.randint(0, 60, (2, 9))
+    file = tmp_path / "sat" / "mp_rank_00_model_states.pt"
+    file.parent.mkdir()
+    torch.save({"module": post.state_dict()}, file)
+
+    model = BaseModel(config).eval()
+    model.add_mixin("adapter", AdapterMixin(config, 6))
+    report = load_checkpoint(model, file)
+    assert report.renamed == ("mixins.adapter: its layers run in post order, as SAT's do whatever layernorm_order is",)
+    assert_close(model(ids)[0], post(ids)[0], atol=1e-6, rtol=1e-5)
+    assert not model.hooks.reads_mask
+    model.get_mixin("adapter").disable()
+    assert not torch.allclose(model(ids)[0], post(ids)[0], atol=1e-2), "without it the model keeps its own order"
+    model.get_mixin("adapter").enable()
+    for name, write in (("native", model.save_pretrained), ("of_ours", lambda folder: save_sat(model, folder))):
+        write(tmp_path / name)
+        again = AutoModel.from_pretrained(tmp_path / name)
+        assert_close(again(ids)[0], post(ids)[0], atol=1e-6, rtol=1e-5)
+        assert_close(copy.deepcopy(again)(ids)[0], post(ids)[0], atol=1e-6, rtol=1e-5)
+
+    ours = BaseModel(config).eval()
+    ours.add_mixin("adapter", AdapterMixin(config, 6))
+    save_sat(ours, tmp_path / "own")
+    assert load_checkpoint(ours, tmp_path / "own").renamed == ()
+    assert ours.hooks.layer_forward is None
 
 
 def test_adapters_at_one_place_leave_the_other():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -29,6 +29,8 @@ class Incoming:
     derived: tuple[str, ...] = ()
     """Our names that no such file has; the constructor made them."""
     notes: list[str] = field(default_factory=list)
+    settle: tuple[Callable[[], None], ...] = ()
+    """Called once all is loaded."""
 
 
 def fit(
@@ -64,6 +66,8 @@ def fit(
     mismatched = _fill(own, incoming, tolerance, what, resize, adopts, dtype)
     if absent_mixins:
         model.reinit(absent_mixins)
+    for finish in incoming.settle:
+        finish()
     loaded = sorted((own.keys() & incoming.tensors.keys()) - set(mismatched))
     unexpected = sorted({*(incoming.tensors.keys() - own.keys()), *incoming.unread})
     kinds = (loaded, missing, unexpected, mismatched, absent_mixins, incoming.notes)

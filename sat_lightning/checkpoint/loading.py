@@ -14,10 +14,10 @@ from sat_lightning.checkpoint.files import found_beside, open_tensors, open_weig
 from sat_lightning.checkpoint.fitting import Incoming, fit
 from sat_lightning.checkpoint.huggingface import RECORD, find_key_map, is_tied, open_huggingface
 from sat_lightning.checkpoint.keymap import plan_import
-from sat_lightning.checkpoint.migrate import migrate_sat
+from sat_lightning.checkpoint.migrate import adapters_in_post_order, migrate_sat
 from sat_lightning.checkpoint.native import CONFIG_NAME
 from sat_lightning.checkpoint.report import LoadReport, Tolerance, matches, some
-from sat_lightning.checkpoint.sat import is_sat_folder, open_sat
+from sat_lightning.checkpoint.sat import find_config, is_sat_folder, open_sat
 from sat_lightning.errors import CheckpointError
 from sat_lightning.model.registry import AnyModel
 
@@ -137,7 +137,18 @@ def open_incoming(source: Source, model: AnyModel) -> Incoming:
         prefix=source.prefix,
         what=str(path),
     )
-    return Incoming(tensors, notes=notes)
+    is_of_sat = kind == "sat" and "added_mixins" not in _read_values(path)
+    adapters = adapters_in_post_order(model, tensors) if is_of_sat else {}
+    notes = [
+        *notes,
+        *(f"{name}: its layers run in post order, as SAT's do whatever layernorm_order is" for name in adapters),
+    ]
+    return Incoming(tensors, notes=notes, settle=tuple(mixin.run_post for mixin in adapters.values()))
+
+
+def _read_values(path: Path) -> dict[str, Any]:
+    config_file = find_config(path)
+    return {} if config_file is None else read_json(config_file)
 
 
 def _open_hf(path: Path, model: AnyModel, own: Mapping[str, Tensor]) -> Incoming:

@@ -5,6 +5,7 @@ What SAT's changelog describes is recognised by its names and repaired with a no
 - mixins numbered in place of named (before v0.1): `mixins.0.x` becomes `mixins.<name>.x`, by the names the caller
   gives, or where the weights of each number fit just one mixin of the model;
 - `word_embeddings.weight` outside of `transformer` (older still).
+- adapters: SAT runs the layers under its AdapterMixin in post order, whatever `layernorm_order` says;
 - LoRA: SAT's LoraMixin puts `original`, `matrix_A` and `matrix_B` in the place of a linear, its LoRAMixin has
   `lora_linear.<layer>.Q_A`; ours keeps the base as it is, and has all under `mixins.<name>.layers.`
 
@@ -23,7 +24,9 @@ from torch import Tensor
 
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import CheckpointError
+from sat_lightning.mixins.adapter import AdapterMixin
 from sat_lightning.model.keymap import blocks_from_heads
+from sat_lightning.model.registry import AnyModel
 
 FORMAT_VERSION = 1
 """Of the native folders written now."""
@@ -147,6 +150,17 @@ def migrate_sat(
     if interleaved_qkv:
         notes.append("query_key_value: head by head -> [q|k|v]")
     return (RenamedTensors(tensors, names, config, interleaved_qkv) if notes else tensors), notes
+
+
+def adapters_in_post_order(model: AnyModel, tensors: Mapping[str, Tensor]) -> dict[str, AdapterMixin]:
+    """Return the adapters that a SAT checkpoint fills and whose layers would run in another order than in SAT."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, AdapterMixin)
+        and any(tensor.startswith(f"{name}.ff") for tensor in tensors)
+        and module.transformer.config.layernorm_order != "post"
+    }
 
 
 def _rename_lora(

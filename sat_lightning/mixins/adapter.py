@@ -33,6 +33,8 @@ class AdapterMixin(TuningMixin):
         adapter_hidden: m.
         is_parallel: whether it reads the input of the branch instead of its output.
         places: `attention`, `mlp` or both; only the MLP's is Pfeiffer's form (arXiv:2005.00247).
+        runs_post: run the layers in post order, whatever `layernorm_order` is, as SAT did under its adapters. Loading
+            a checkpoint of SAT's sets it where the two differ, and says so in the report.
 
     Raises:
         ConfigError: for a size below 1 or an unknown place.
@@ -45,6 +47,7 @@ class AdapterMixin(TuningMixin):
         *,
         is_parallel: bool = False,
         places: Sequence[str] = _PLACES,
+        runs_post: bool = False,
     ) -> None:
         super().__init__()
         if adapter_hidden < 1:
@@ -59,6 +62,21 @@ class AdapterMixin(TuningMixin):
             self.ff1, self.ff2 = bottlenecks(count, *sizes, init)
         if "mlp" in places:
             self.ff3, self.ff4 = bottlenecks(count, *sizes, init)
+        if runs_post:
+            self.run_post()
+
+    def run_post(self) -> None:
+        """Run the layers in post order from now on, and record it as a setting."""
+        args, settings = self.init_arguments
+        object.__setattr__(self, "init_arguments", (args, {**settings, "runs_post": True}))
+        # The seam is taken only where it is needed: a hook on it costs every layer of every model a little.
+        self.layer_forward = self._layer_forward
+        if self._owner is not None:
+            self._owner._resolve()
+
+    @passes_mask
+    def _layer_forward(self, hidden_states: Tensor, mask: Tensor, *, layer_id: int, **kw: Any) -> Tensor:
+        return self.transformer.layers[layer_id].run_post(hidden_states, mask, layer_id=layer_id, **kw)
 
     @non_conflict
     @passes_mask

@@ -109,11 +109,8 @@ class TransformerLayer(nn.Module):
 
     def block(self, hidden_states: Tensor, mask: Tensor, **kw: Any) -> Tensor:
         """Run the layer in its norm order: `[b, s, c]` to `[b, s, c]`."""
-        return (
-            self._post(hidden_states, mask, **kw)
-            if self.layernorm_order == "post"
-            else self._pre(hidden_states, mask, **kw)
-        )
+        run = self.run_post if self.layernorm_order == "post" else self._pre
+        return run(hidden_states, mask, **kw)
 
     def _pre(self, x: Tensor, mask: Tensor, **kw: Any) -> Tensor:
         is_sandwich = self.layernorm_order == "sandwich"
@@ -124,7 +121,8 @@ class TransformerLayer(nn.Module):
         fed = self.mlp(self.post_attention_layernorm(x), **kw)
         return self._add(x, self._drop(self.fourth_layernorm(fed) if is_sandwich else fed))
 
-    def _post(self, x: Tensor, mask: Tensor, **kw: Any) -> Tensor:
+    def run_post(self, x: Tensor, mask: Tensor, **kw: Any) -> Tensor:
+        """Run the layer in post order, whatever its own is: `[b, s, c]` to `[b, s, c]`."""
         x = self.input_layernorm(x)
         x = self.post_attention_layernorm(self._add(x, self._drop(self.attention(x, mask=mask, **kw))))
         if self._crosses(kw):
