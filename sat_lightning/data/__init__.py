@@ -28,15 +28,17 @@ Where a row of a file is a sample, it is read by number, and where it cannot be,
 # Importing the formats registers them; none of them imports a library of the extra [data] before it is used.
 from sat_lightning.data import arrays as _arrays  # noqa: F401
 from sat_lightning.data import columns as _columns  # noqa: F401
+from sat_lightning.data import demo as _demo  # noqa: F401
 from sat_lightning.data import formats as _formats  # noqa: F401
 from sat_lightning.data import libraries as _libraries  # noqa: F401
 from sat_lightning.data import tables as _tables  # noqa: F401
 from sat_lightning.data import urls as _urls  # noqa: F401
 from sat_lightning.data import webdataset as _webdataset  # noqa: F401
 from sat_lightning.data.batches import Place, ShardedBatches
-from sat_lightning.data.collate import PadCollate, batch_by_tokens, bucket_by_length
+from sat_lightning.data.collate import LabelCollate, PadCollate, batch_by_tokens, bucket_by_length
 from sat_lightning.data.documents import DocumentCollate, PackedDocuments, separate_documents
 from sat_lightning.data.entries import WeightedPath
+from sat_lightning.data.labelled import Labels
 from sat_lightning.data.mixed import MixedRows
 from sat_lightning.data.mixture import Mixture, Share
 from sat_lightning.data.model_tokenizers import SentencePieceFile, get_tokenizer
@@ -59,6 +61,8 @@ __all__ = [
     "BadSampleError",
     "ByteTokenizer",
     "DocumentCollate",
+    "LabelCollate",
+    "Labels",
     "MixedRows",
     "Mixture",
     "PackedDocuments",

@@ -122,6 +122,51 @@ class PadCollate:
         return torch.from_numpy(values)
 
 
+class LabelCollate:
+    """Stack samples with labels: what they hold is padded with 0 at its end, `target_ids` with -100.
+
+    A sample that is None (a bad one that was skipped) becomes a row of which no target counts.
+
+    Args:
+        multiple_of: round the length of texts up to a multiple, which keeps the number of shapes small.
+    """
+
+    def __init__(self, multiple_of: int = 1) -> None:
+        if multiple_of < 1:
+            raise DataError(f"collate: multiple_of is {multiple_of}. Set it to at least 1.")
+        self.multiple_of = multiple_of
+        self._example: Sample | None = None
+
+    def __call__(self, samples: Sequence[Sample | None]) -> dict[str, Tensor]:
+        """Collate a batch.
+
+        Args:
+            samples: with the same fields; or None.
+
+        Returns:
+            A tensor of every field, the batch first.
+
+        Raises:
+            DataError: there is no sample at all, in this batch or an earlier one.
+        """
+        self._example = next((sample for sample in samples if sample is not None), self._example)
+        if self._example is None:
+            raise DataError(f"collate: all {len(samples)} samples of the first batch are bad. Mend the data.")
+        return {name: self._stack(name, samples, like) for name, like in self._example.items()}
+
+    def _stack(self, name: str, samples: Sequence[Sample | None], like: Tensor) -> Tensor:
+        values = [None if sample is None else sample[name] for sample in samples]
+        shapes = [like.shape, *(value.shape for value in values if value is not None)]
+        shape = [max(sizes) for sizes in zip(*shapes, strict=True)]
+        if shape and name != "image":
+            shape[-1] = -(-shape[-1] // self.multiple_of) * self.multiple_of
+        stacked = like.new_full((len(values), *shape), IGNORED_TARGET if name == "target_ids" else 0)
+        for row, value in zip(stacked, values, strict=True):
+            if value is not None:
+                row[tuple(slice(0, size) for size in value.shape)] = value
+        return stacked
+
+
 def _causal(length: int) -> Tensor:
     return torch.ones(length, length, dtype=torch.bool).tril()
 

@@ -8,6 +8,8 @@ from torch.utils.data import Dataset
 
 from sat_lightning.data.documents import PackedDocuments
 from sat_lightning.data.entries import WeightedPath
+from sat_lightning.data.framing import Frame
+from sat_lightning.data.labelled import LabelledChoices, LabelledImage, LabelledText, LabelledWords, Labels
 from sat_lightning.data.lengths import token_lengths
 from sat_lightning.data.mixed import Rows
 from sat_lightning.data.records import identify_rows, open_records
@@ -16,6 +18,8 @@ from sat_lightning.data.sources import SourceOptions
 from sat_lightning.data.tokenizer import Tokenizer
 from sat_lightning.data.transforms import ProcessedRecords, Tokenize
 from sat_lightning.errors import DataError
+
+Process = Tokenize | LabelledText | LabelledImage
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,28 @@ class SampleOptions:
     """What becomes of more tokens than `sequence_length`: an error, their end cut off, or (packed) several pieces."""
     pack: bool = False
     """Put several samples into a row of `sequence_length`; attention does not cross from one to the next."""
+    label: str | None = None
+    """Field of a row's label: the fields are then framed as a classifier reads them, the label is the only target."""
+    labels: list[str] | int | None = None
+    """All labels in the order of their numbers, or how many there are."""
+    labels_of: Literal["rows", "words"] = "rows"
+    """What has a label: a row, or each of the words that its only field holds (a list, or text split at blanks)."""
+    choices: list[str] | None = None
+    """Fields with a choice each, or one that holds a list of them: `label` says which one goes with `fields`."""
+    image: str | None = None
+    """Field of an image, which then takes the place of `fields`."""
+    image_size: list[int] | None = None
+    """Height and width that images are resized to; default as they are."""
 
     def __post_init__(self) -> None:
+        if self.label is None and any((self.labels, self.labels_of == "words", self.choices, self.image)):
+            raise DataError("data: samples.label names no field. Set it to the field that holds the label.")
+        if self.label is not None and (self.pack or self.learned is not None or self.too_long == "split"):
+            raise DataError(
+                "data: samples.pack, learned and split are for targets that are text; samples.label has none."
+            )
+        if self.label is not None:
+            Labels(self.label, self.labels)
         if self.too_long == "split" and not self.pack:
             raise DataError("data: samples.too_long is split, which needs samples.pack. Set pack: true, or truncate.")
 
@@ -98,7 +122,9 @@ class SampleReading:
             return rows
         return PackedDocuments(rows, self.sequence_length, token_lengths(rows), split=self.options.too_long == "split")
 
-    def _tokenize(self, options: SampleOptions) -> Tokenize:
+    def _tokenize(self, options: SampleOptions) -> Process:
+        if options.label is not None:
+            return self._labelled(options, Labels(options.label, options.labels))
         return Tokenize(
             self.tokenizer,
             options.fields,
@@ -108,16 +134,25 @@ class SampleReading:
             options.add_end,
         )
 
+    def _labelled(self, options: SampleOptions, labels: Labels) -> Process:
+        if options.image is not None:
+            return LabelledImage(options.image, labels, options.image_size)
+        frame = Frame(self.tokenizer, self.sequence_length, options.too_long == "truncate")
+        if options.choices is not None:
+            return LabelledChoices(frame, options.fields, labels, options.choices)
+        kind = LabelledWords if options.labels_of == "words" else LabelledText
+        return kind(frame, options.fields, labels)
+
 
 class _Completed:
     """What a user's function gives, or their data, tokenized where it still is text."""
 
-    def __init__(self, process_fn: Callable[[Any], Any] | None, tokenize: Tokenize) -> None:
+    def __init__(self, process_fn: Callable[[Any], Any] | None, tokenize: Process) -> None:
         self.process_fn, self.tokenize = process_fn, tokenize
 
     def __call__(self, row: Any) -> Any:  # noqa: ANN401 - what a user makes of it
         sample = row if self.process_fn is None else self.process_fn(row)
-        is_text = isinstance(sample, Mapping) and "input_ids" not in sample
+        is_text = isinstance(sample, Mapping) and "input_ids" not in sample and "target_ids" not in sample
         return self.tokenize(dict(sample)) if is_text else sample
 
     def fingerprint(self) -> str | None:

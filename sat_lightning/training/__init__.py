@@ -25,6 +25,13 @@ if TYPE_CHECKING:
         TrainingProgressBar,
     )
     from sat_lightning.training.checkpoints import AtomicCheckpointIO, find_resume_checkpoint
+    from sat_lightning.training.classification import (
+        ImageClassificationTask,
+        MultipleChoiceTask,
+        SequenceClassificationTask,
+        TokenClassificationTask,
+    )
+    from sat_lightning.training.confusion import ConfusionCounts
     from sat_lightning.training.datamodule import SATDataModule
     from sat_lightning.training.dataoptions import DataOptions
     from sat_lightning.training.deepspeed import SATDeepSpeedStrategy
@@ -39,13 +46,16 @@ if TYPE_CHECKING:
 __all__ = [
     "EMA",
     "AtomicCheckpointIO",
+    "ConfusionCounts",
     "CurvePlotter",
     "DataOptions",
     "ExactResume",
     "GradientNorm",
     "ExportModel",
+    "ImageClassificationTask",
     "LanguageModelingTask",
     "MixtureMonitor",
+    "MultipleChoiceTask",
     "OptimConfig",
     "ParameterRule",
     "PredictionWriter",
@@ -55,8 +65,10 @@ __all__ = [
     "SATLightningModule",
     "SampleText",
     "SaveOnSignal",
+    "SequenceClassificationTask",
     "SkipNonFinite",
     "StreamDataModule",
+    "TokenClassificationTask",
     "TrainableOnly",
     "TrainingProgressBar",
     "ZeroOptions",
@@ -82,6 +94,13 @@ _MODULES = {
         "TrainingProgressBar",
     ),
     "checkpoints": ("AtomicCheckpointIO", "find_resume_checkpoint"),
+    "classification": (
+        "ImageClassificationTask",
+        "MultipleChoiceTask",
+        "SequenceClassificationTask",
+        "TokenClassificationTask",
+    ),
+    "confusion": ("ConfusionCounts",),
     "datamodule": ("SATDataModule",),
     "dataoptions": ("DataOptions",),
     "deepspeed": ("SATDeepSpeedStrategy",),

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 
-from sat_lightning.data import Tokenizer, WeightedPath
+from sat_lightning.data import Labels, Tokenizer, WeightedPath
 from sat_lightning.data.corpus import mean_bytes_per_token
 from sat_lightning.data.mixed import Rows, mean_tokens
 from sat_lightning.data.mixture import Mixture
@@ -47,7 +47,7 @@ class DataFacts:
     def max_token_id(self) -> int:
         """The largest id in any split, or for samples the tokenizer may give; 0 for datasets, which do not tell."""
         if self.options.samples is not None:
-            return self.text_tokenizer.vocab_size - 1
+            return 0 if self.options.samples.image else self.text_tokenizer.vocab_size - 1
         return max((store.meta.max_token_id for split in self._opened() for store in self._stores(split)), default=0)
 
     @property
@@ -56,6 +56,12 @@ class DataFacts:
         mixture, sources = self.mixture, self._opened()["train"].values()
         counts = mixture.counts(mixture.epoch_size or 1000)
         return round(sum(count * mean_tokens(rows) for count, rows in zip(counts, sources, strict=True)))
+
+    @property
+    def label_names(self) -> list[str] | None:
+        """The labels in the order of their numbers; None where rows have none."""
+        samples = self.options.samples
+        return None if samples is None or samples.label is None else Labels(samples.label, samples.labels).names
 
     def set_names(self, split: str) -> list[str]:
         """Name the sets of a split.
@@ -96,7 +102,8 @@ class DataFacts:
                 f"data: token id {self.max_token_id} is outside the model's vocabulary of {vocab_size} (path "
                 f"{self.path!r}, tokenizer {self.tokenizer!r}). Set the model's vocab_size to {self.vocab_size}."
             )
-        is_bound = self.options.samples is not None or self._stores("train")
+        samples = self.options.samples
+        is_bound = not samples.image if samples is not None else self._stores("train")
         if self.sequence_length > max_sequence_length and is_bound:
             raise DataError(
                 f"data: sequence_length={self.sequence_length} is longer than the model's "

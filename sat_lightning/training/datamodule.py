@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from sat_lightning.data import (
     DocumentCollate,
+    LabelCollate,
     PadCollate,
     ShardedOrder,
     SourceOptions,
@@ -244,6 +245,8 @@ class SATDataModule(DataFacts, L.LightningDataModule):
         samples = self.options.samples
         if self.options.collate is not None or not is_of_samples(self.sources, samples):
             return self.options.collate
+        if samples is not None and samples.label is not None:
+            return LabelCollate()
         return DocumentCollate() if samples is not None and samples.pack else PadCollate()
 
     def _settings(self) -> dict[str, Any]:

@@ -26,6 +26,8 @@ class StepModule(L.LightningModule):
         self._train_means = WeightedMeans()
         self._epoch_means: dict[int, WeightedMeans] = {}
         self.evaluated_set: str | None = None
+        self.evaluated_loader: int | None = None
+        """Number of the loader that is evaluated, or summarised; -1 for all together, None in training."""
         self._batch_shape = (0, 0)
         self.step_values: dict[str, Tensor] = {}
         self._step_weight = torch.zeros(())
@@ -144,7 +146,9 @@ class StepModule(L.LightningModule):
         shown |= dict(zip(named, torch.stack([*named.values()]).tolist(), strict=True)) if named else {}
 
     def _evaluate(self, batch: Any, dataloader_idx: int) -> None:  # noqa: ANN401
+        self.evaluated_loader = dataloader_idx
         values = self._run(batch)[1]
+        self.evaluated_loader = None
         self._epoch_means.setdefault(dataloader_idx, WeightedMeans()).add(values, self.count_targets(batch))
 
     def _log_epoch_means(self, stage: str) -> None:
@@ -155,10 +159,12 @@ class StepModule(L.LightningModule):
         for index, weighted in sorted(epoch_means.items()):
             means = weighted.pop(self.trainer.strategy)
             self.evaluated_set = names[index] if index >= 0 and -1 in epoch_means else None
+            self.evaluated_loader = index
             is_whole = index < 0 or len(epoch_means) == 1
             suffix = "" if is_whole else f"/{self.evaluated_set or f'dataloader_idx_{index}'}"
             named = {f"{stage}_{name}{suffix}": value for name, value in (means | self.summarise(stage, means)).items()}
             self.log_dict(named, prog_bar=True, batch_size=1, add_dataloader_idx=False)
+        self.evaluated_loader = None
 
     def _set_names(self, stage: str) -> list[str]:
         datamodule: Any = getattr(self.trainer, "datamodule", None)
