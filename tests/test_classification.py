@@ -21,7 +21,7 @@ from sat_lightning.cli import main
 from sat_lightning.data import ByteTokenizer, LabelCollate, SampleOptions, TokenizersFile, open_records
 from sat_lightning.data.framing import Frame
 from sat_lightning.errors import ConfigError, DataError
-from sat_lightning.mixins import LoraMixin, MLPHeadMixin, PrefixTuningMixin
+from sat_lightning.mixins import LoraMixin, MLPHeadMixin, NoMixin, PrefixTuningMixin
 from sat_lightning.models import BertModel, GPT2Model, ViTModel
 from sat_lightning.training import (
     ConfusionCounts,
@@ -214,12 +214,11 @@ def test_each_task_learns_its_few_rows_by_heart(name: str, tmp_path: Path) -> No
 def test_a_causal_model_reads_its_last_token_and_methods_stack_under_the_head(tmp_path: Path) -> None:
     model = GPT2Model(GPT2Model.config_class(**SIZES))
     mixins = {
-        "gpt2-final": None,
+        "gpt2-final": NoMixin,
         "lora": LoraMixin,
         "prefix": partial(PrefixTuningMixin, prefix_len=3),
         "head": partial(MLPHeadMixin, sizes=[2], pooling="last"),
     }
-    mixins = {name: mixin for name, mixin in mixins.items() if mixin is not None or name in model.mixins}
     task = SequenceClassificationTask(model, mixins=mixins)
     trained = {name.split(".")[1] for name, value in task.model.named_parameters() if value.requires_grad}
     assert trained == {"lora", "prefix", "head"}
