@@ -115,7 +115,7 @@ class ClassificationTask(SATLightningModule):
         if scores.dim() != self.num_dimensions:
             raise ConfigError(
                 f"{kind}: the model gives {list(scores.shape)}, it must give {self.num_dimensions} dimensions, the "
-                f"last one classes. {self.cure}, and remove the model's own head (`bert-final: {{class_path: NoMixin}}` in mixins)."
+                f"last one classes. {self.cure}, and remove the model's own head with NoMixin."
             )
         if (names := self.label_names) is not None and scores.shape[-1] != len(names):
             raise ConfigError(
