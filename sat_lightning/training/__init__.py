@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from sat_lightning.training.datamodule import SATDataModule
     from sat_lightning.training.dataoptions import DataOptions
     from sat_lightning.training.deepspeed import SATDeepSpeedStrategy
+    from sat_lightning.training.distillation import DistillationTask
     from sat_lightning.training.groups import ParameterRule
+    from sat_lightning.training.masked_lm import MaskedLanguageModelingTask
     from sat_lightning.training.module import SATLightningModule
     from sat_lightning.training.optim import OptimConfig
     from sat_lightning.training.stream import StreamDataModule
@@ -49,11 +51,13 @@ __all__ = [
     "ConfusionCounts",
     "CurvePlotter",
     "DataOptions",
+    "DistillationTask",
     "ExactResume",
     "GradientNorm",
     "ExportModel",
     "ImageClassificationTask",
     "LanguageModelingTask",
+    "MaskedLanguageModelingTask",
     "MixtureMonitor",
     "MultipleChoiceTask",
     "OptimConfig",
@@ -104,7 +108,9 @@ _MODULES = {
     "datamodule": ("SATDataModule",),
     "dataoptions": ("DataOptions",),
     "deepspeed": ("SATDeepSpeedStrategy",),
+    "distillation": ("DistillationTask",),
     "groups": ("ParameterRule",),
+    "masked_lm": ("MaskedLanguageModelingTask",),
     "module": ("SATLightningModule",),
     "optim": ("OptimConfig",),
     "stream": ("StreamDataModule",),

@@ -1,0 +1,125 @@
+"""Tasks in which words of the input are hidden: guess them, or have a guessing model teach a smaller one."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sat_lightning.data import IGNORED_TARGET
+from sat_lightning.training.masking import WordMasking
+from sat_lightning.training.module import SATLightningModule
+from sat_lightning.training.steps import Step
+
+Batch = dict[str, Tensor]
+
+
+class MaskingTask(SATLightningModule):
+    """A task that hides words, or with no `mask_token_id` leaves batches as they are.
+
+    In training the device's own random numbers choose, which a resumed run continues; every validation and test hides
+    the same words.
+
+    Args:
+        *args: of `SATLightningModule`.
+        mask_token_id: what hidden words are shown as, most of the time; see `WordMasking`.
+        mask_prob: share of the tokens that are to be guessed.
+        special_token_ids: tokens that never are.
+        **kwargs: of `SATLightningModule`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,  # noqa: ANN401
+        mask_token_id: int | None = None,
+        mask_prob: float = 0.15,
+        special_token_ids: Sequence[int] = (),
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._masking = None
+        if mask_token_id is not None:
+            self._masking = WordMasking(mask_token_id, mask_prob, special_token_ids)
+        self._generator: torch.Generator | None = None
+        self._num_targets = torch.zeros(())
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin the random numbers of the evaluation anew."""
+        self._generator = torch.Generator(self.device).manual_seed(self.global_rank)
+
+    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
+
+    def count_targets(self, batch: Batch) -> Tensor:
+        """Return how many words of the latest batch were to be guessed."""
+        return self._num_targets
+
+    def prepare(self, batch: Batch) -> tuple[dict[str, Any], Tensor]:
+        """Hide words, and count them.
+
+        Args:
+            batch: what the data module gives.
+
+        Returns:
+            Keywords of the model, and `target_ids` `[b, s]`.
+        """
+        if self._masking is not None:
+            generator = None if self.training else self._generator
+            batch = self._masking.hide(batch, self._built_model().config.vocab_size, generator)
+        self._num_targets = (batch["target_ids"] != IGNORED_TARGET).sum()
+        return {name: value for name, value in batch.items() if name != "target_ids"}, batch["target_ids"]
+
+    def mean(self, total: Tensor) -> Tensor:
+        """Divide a sum over the targets by their number; without a target it is 0."""
+        return total / self._num_targets.clamp(min=1)
+
+    def summarise(self, stage: str, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Add the perplexity of the hidden words."""
+        return {"perplexity": torch.exp(means.get("hard_loss", means["loss"]))}
+
+
+class MaskedLanguageModelingTask(MaskingTask):
+    """Guess hidden words: `{"input_ids": [b, s]}`, rows as for `LanguageModelingTask`, of which this hides some.
+
+    Other entries of a batch (`attention_mask`, `token_type_ids`, ...) are keywords of the model; `word_ids` `[b, s]`
+    let whole words be hidden. After validation and test it logs `<stage>_perplexity`, of the hidden words.
+
+    Args:
+        *args: of `SATLightningModule`.
+        mask_token_id: of the mask, required.
+        mask_prob: share of the tokens that are to be guessed.
+        special_token_ids: tokens that never are.
+        **kwargs: of `SATLightningModule`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,  # noqa: ANN401
+        mask_token_id: int,
+        mask_prob: float = 0.15,
+        special_token_ids: Sequence[int] = (),
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        own = {"mask_token_id": mask_token_id, "mask_prob": mask_prob, "special_token_ids": special_token_ids}
+        super().__init__(*args, **own, **kwargs)
+
+    def forward_step(self, batch: Batch) -> Step:
+        """Return the mean cross entropy over the hidden words.
+
+        Args:
+            batch: see the class.
+
+        Returns:
+            The loss, in nats per word.
+        """
+        inputs, target_ids = self.prepare(batch)
+        model = self._built_model()
+        if model.hooks.computes_loss:
+            return self.mean(model(**inputs, target_ids=target_ids, loss_reduction="sum")[0])
+        return self.mean(hard_loss(model(**inputs)[0], target_ids))
+
+
+def hard_loss(logits: Tensor, target_ids: Tensor) -> Tensor:
+    """Return the cross entropy summed over targets: of `[b, s, v]` and `[b, s]`, -100 for none."""
+    flat = logits.flatten(0, -2).float()
+    return F.cross_entropy(flat, target_ids.flatten(), ignore_index=IGNORED_TARGET, reduction="sum")

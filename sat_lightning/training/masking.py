@@ -1,0 +1,73 @@
+"""Words to guess: which tokens of a batch are hidden, and by what.
+
+Legend: b batch, s length.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sat_lightning.data import IGNORED_TARGET
+from sat_lightning.errors import ConfigError
+
+_SHOWN_AS_MASK, _SHOWN_AS_OTHER = 0.8, 0.1
+
+
+class WordMasking:
+    """BERT's corruption (Devlin et al. 2018, arXiv:1810.04805), on the device of the batch, without waiting for it.
+
+    Of the chosen tokens 80 % are shown as the mask, 10 % as any word, 10 % as they are; all of them are to be guessed.
+
+    Args:
+        mask_token_id: of the mask.
+        mask_prob: share of the tokens that are chosen, above 0, at most 1.
+        special_token_ids: never chosen, such as those around a sentence.
+
+    Raises:
+        ConfigError: a number is outside its range.
+    """
+
+    def __init__(self, mask_token_id: int, mask_prob: float = 0.15, special_token_ids: Sequence[int] = ()) -> None:
+        if not 0 < mask_prob <= 1:
+            raise ConfigError(f"mask_prob is {mask_prob}. Set it to a share of the tokens, above 0 and at most 1.")
+        if mask_token_id < 0:
+            raise ConfigError(f"mask_token_id is {mask_token_id}. Set it to the id of the tokenizer's mask.")
+        self.mask_token_id, self.mask_prob = mask_token_id, mask_prob
+        self.special_token_ids = (mask_token_id, *special_token_ids)
+
+    def hide(
+        self, batch: dict[str, Tensor], vocab_size: int, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Hide words of a batch.
+
+        Args:
+            batch: `input_ids` `[b, s]`. Where `target_ids` are -100, nothing is chosen: that is padding. `word_ids`
+                `[b, s]`, the number of each token's word, let whole words be chosen together.
+            vocab_size: words that may be shown instead.
+            generator: of the device; default its own.
+
+        Returns:
+            The batch with hidden `input_ids`, and as `target_ids` the words to guess, not shifted, elsewhere -100.
+
+        Raises:
+            ConfigError: the mask is outside the vocabulary.
+        """
+        if self.mask_token_id >= vocab_size:
+            raise ConfigError(
+                f"mask_token_id is {self.mask_token_id} and the model's vocab_size {vocab_size}. Raise vocab_size."
+            )
+        input_ids, word_ids = batch["input_ids"], batch.get("word_ids")
+        draw = torch.rand(2, *input_ids.shape, device=input_ids.device, generator=generator)
+        chance = draw[0] if word_ids is None else draw[0].gather(1, word_ids)
+        is_chosen = chance < self.mask_prob
+        if "target_ids" in batch:
+            is_chosen &= batch["target_ids"] != IGNORED_TARGET
+        for token_id in self.special_token_ids:
+            is_chosen &= input_ids != token_id
+        others = torch.randint(vocab_size, input_ids.shape, device=input_ids.device, generator=generator)
+        shown = torch.where(draw[1] < _SHOWN_AS_MASK + _SHOWN_AS_OTHER, others, input_ids)
+        shown = torch.where(draw[1] < _SHOWN_AS_MASK, self.mask_token_id, shown)
+        targets = torch.where(is_chosen, input_ids, IGNORED_TARGET)
+        rest = {name: value for name, value in batch.items() if name != "word_ids"}
+        return rest | {"input_ids": torch.where(is_chosen, shown, input_ids), "target_ids": targets}
