@@ -100,8 +100,9 @@ class MaskedLanguageModelingTask(MaskingTask):
         special_token_ids: Sequence[int] = (),
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
-        own = {"mask_token_id": mask_token_id, "mask_prob": mask_prob, "special_token_ids": special_token_ids}
-        super().__init__(*args, **own, **kwargs)
+        super().__init__(
+            *args, mask_token_id=mask_token_id, mask_prob=mask_prob, special_token_ids=special_token_ids, **kwargs
+        )
 
     def forward_step(self, batch: Batch) -> Step:
         """Return the mean cross entropy over the hidden words.
