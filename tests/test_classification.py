@@ -9,6 +9,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -364,3 +365,16 @@ def test_demo_rows_are_the_same_everywhere() -> None:
     assert rows[0] == {"sentence": "the film is very splendid and the music is funny", "label": "positive"}
     with pytest.raises(DataError, match="there are choices, sentiment, words"):
         open_records("demo://sentimant")
+
+
+def test_digits_are_images_of_bytes_and_say_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = np.arange(2 * 64, dtype=float).reshape(2, 8, 8) % 17
+    library = SimpleNamespace(load_digits=lambda: SimpleNamespace(images=images, target=np.array([3, 7])))
+    monkeypatch.setitem(sys.modules, "sklearn", SimpleNamespace(datasets=library))
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", library)
+    rows = open_records("digits://")
+    assert len(rows) == 2 and rows[1]["label"] == 7
+    assert rows[0]["image"].dtype == np.uint8 and rows[0]["image"][0, 0] == 0 and rows[0]["image"][2, 0] == 255
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(DataError, match=r'digits:// needs scikit-learn .*pip install "sat_lightning\[digits\]"'):
+        open_records("digits://")

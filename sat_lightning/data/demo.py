@@ -112,8 +112,8 @@ class DigitRecords(Dataset[Any]):
             load = import_object("sklearn.datasets.load_digits", "digits://")
         except DataError as error:
             raise DataError(
-                f"digits:// needs scikit-learn ({error}). Run: pip install scikit-learn, or give images of your own: a "
-                "folder with a folder for each class."
+                f'digits:// needs scikit-learn ({error}). Run: pip install "sat_lightning[digits]", or give images of '
+                "your own: a folder with a folder for each class."
             ) from error
         found = load()
         self.name = "digits://"

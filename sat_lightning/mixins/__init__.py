@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sat_lightning.mixins.adapter import AdapterMixin
+    from sat_lightning.mixins.attention_maps import AttentionMapsMixin
     from sat_lightning.mixins.bitfit import BitFitMixin
     from sat_lightning.mixins.cached_autoregressive import CachedAutoregressiveMixin
     from sat_lightning.mixins.combine import combine_loras
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterMixin",
+    "AttentionMapsMixin",
     "BitFitMixin",
     "CachedAutoregressiveMixin",
     "DistilledClassifierMixin",
@@ -77,6 +79,7 @@ __all__ = [
 # The names of each module.
 _LAZY = {
     "adapter": "AdapterMixin",
+    "attention_maps": "AttentionMapsMixin",
     "bitfit": "BitFitMixin",
     "cached_autoregressive": "CachedAutoregressiveMixin",
     "combine": "combine_loras",

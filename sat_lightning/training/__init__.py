@@ -11,10 +11,13 @@ from sat_lightning.training.strategies import register_strategies
 if TYPE_CHECKING:
     from sat_lightning.training.callbacks import (
         EMA,
+        AttentionPlotter,
+        ConfusionPlotter,
         CurvePlotter,
         ExactResume,
         ExportModel,
         GradientNorm,
+        ImageGrid,
         MixtureMonitor,
         PredictionWriter,
         RunMonitor,
@@ -48,7 +51,9 @@ if TYPE_CHECKING:
 __all__ = [
     "EMA",
     "AtomicCheckpointIO",
+    "AttentionPlotter",
     "ConfusionCounts",
+    "ConfusionPlotter",
     "CurvePlotter",
     "DataOptions",
     "DistillationTask",
@@ -56,6 +61,7 @@ __all__ = [
     "GradientNorm",
     "ExportModel",
     "ImageClassificationTask",
+    "ImageGrid",
     "LanguageModelingTask",
     "MaskedLanguageModelingTask",
     "MixtureMonitor",
@@ -84,10 +90,13 @@ __all__ = [
 _MODULES = {
     "callbacks": (
         "EMA",
+        "AttentionPlotter",
+        "ConfusionPlotter",
         "CurvePlotter",
         "ExactResume",
         "GradientNorm",
         "ExportModel",
+        "ImageGrid",
         "MixtureMonitor",
         "PredictionWriter",
         "RunMonitor",

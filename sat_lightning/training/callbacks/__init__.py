@@ -7,6 +7,7 @@ from sat_lightning.training.callbacks.export_model import ExportModel
 from sat_lightning.training.callbacks.gradient_norm import GradientNorm
 from sat_lightning.training.callbacks.mixture import MixtureMonitor
 from sat_lightning.training.callbacks.monitor import RunMonitor
+from sat_lightning.training.callbacks.pictures import AttentionPlotter, ConfusionPlotter, ImageGrid
 from sat_lightning.training.callbacks.predictions import PredictionWriter
 from sat_lightning.training.callbacks.progress import TrainingProgressBar
 from sat_lightning.training.callbacks.sample import SampleText
@@ -16,10 +17,13 @@ from sat_lightning.training.callbacks.trainable_only import TrainableOnly
 
 __all__ = [
     "EMA",
+    "AttentionPlotter",
+    "ConfusionPlotter",
     "CurvePlotter",
     "ExactResume",
     "GradientNorm",
     "ExportModel",
+    "ImageGrid",
     "MixtureMonitor",
     "PredictionWriter",
     "RunMonitor",
