@@ -29,6 +29,7 @@ Where a row of a file is a sample, it is read by number, and where it cannot be,
 from sat_lightning.data import arrays as _arrays  # noqa: F401
 from sat_lightning.data import columns as _columns  # noqa: F401
 from sat_lightning.data import demo as _demo  # noqa: F401
+from sat_lightning.data import docstrings as _docstrings  # noqa: F401
 from sat_lightning.data import formats as _formats  # noqa: F401
 from sat_lightning.data import libraries as _libraries  # noqa: F401
 from sat_lightning.data import tables as _tables  # noqa: F401
@@ -44,6 +45,7 @@ from sat_lightning.data.mixture import Mixture, Share
 from sat_lightning.data.model_tokenizers import SentencePieceFile, get_tokenizer
 from sat_lightning.data.order import PADDING_ROW, ShardedOrder, permute
 from sat_lightning.data.packing import IGNORED_TARGET, PackedTokens
+from sat_lightning.data.pairs import PairCollate, TokenizePair
 from sat_lightning.data.preparation import prepare_store
 from sat_lightning.data.records import Records, open_records
 from sat_lightning.data.rowsamples import SampleOptions
@@ -68,6 +70,7 @@ __all__ = [
     "PackedDocuments",
     "PackedTokens",
     "PadCollate",
+    "PairCollate",
     "Place",
     "ProcessedRecords",
     "Records",
@@ -82,6 +85,7 @@ __all__ = [
     "StreamOptions",
     "TokenStore",
     "Tokenize",
+    "TokenizePair",
     "Tokenizer",
     "TokenizersFile",
     "Unfinished",

@@ -33,6 +33,8 @@ class SampleOptions:
     """Those whose tokens are targets, for instance the answer but not the prompt; default all."""
     add_end: bool = True
     """Close each sample with the end-of-document id."""
+    read: list[str] | None = None
+    """Fields that an encoder reads, for `SequenceToSequenceTask`; `fields` are then what the decoder is to write."""
     too_long: Literal["raise", "truncate", "split"] = "raise"
     """What becomes of more tokens than `sequence_length`: an error, their end cut off, or (packed) several pieces."""
     pack: bool = False
@@ -61,6 +63,11 @@ class SampleOptions:
             Labels(self.label, self.labels)
         if self.too_long == "split" and not self.pack:
             raise DataError("data: samples.too_long is split, which needs samples.pack. Set pack: true, or truncate.")
+        if self.read is not None and (self.pack or self.learned is not None):
+            raise DataError(
+                "data: samples.read makes pairs, which are not packed and learned as a whole. Remove read, or pack and "
+                "learned."
+            )
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from sat_lightning.training.masked_lm import MaskedLanguageModelingTask
     from sat_lightning.training.module import SATLightningModule
     from sat_lightning.training.optim import OptimConfig
+    from sat_lightning.training.sequence_to_sequence import SequenceToSequenceTask
     from sat_lightning.training.stream import StreamDataModule
     from sat_lightning.training.tasks import LanguageModelingTask
     from sat_lightning.training.throughput import count_rows, count_tokens
@@ -75,6 +76,7 @@ __all__ = [
     "SATLightningModule",
     "SampleText",
     "SaveOnSignal",
+    "SequenceToSequenceTask",
     "SequenceClassificationTask",
     "SkipNonFinite",
     "StreamDataModule",
@@ -122,6 +124,7 @@ _MODULES = {
     "masked_lm": ("MaskedLanguageModelingTask",),
     "module": ("SATLightningModule",),
     "optim": ("OptimConfig",),
+    "sequence_to_sequence": ("SequenceToSequenceTask",),
     "stream": ("StreamDataModule",),
     "tasks": ("LanguageModelingTask",),
     "throughput": ("count_rows", "count_tokens"),
