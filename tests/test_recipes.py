@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -27,12 +28,16 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 #: Recipes that a text will not do for: what stands for their data.
 DATA = {
     "bert_sst2": ["--data.path", "table.tsv"],
+    "gpt2_instructions": ["--data.path", "rows.jsonl"],
+    "t5_summaries": ["--data.path", "rows.jsonl"],
     "vit_digits": ["--data.path", "images", "--model.model.config.in_channels", "3"],
 }
 
 
 def write_labelled(folder: Path) -> None:
-    """A table as `bert_sst2_*.yaml` takes it, and a folder of images."""
+    """A table as `bert_sst2_*.yaml` takes it, rows of questions and of summaries, and a folder of images."""
+    row = {"prompt": "What does add do?\n", "answer": "Add.\n", "text": "Add two numbers.", "summary": "Add."}
+    (folder / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 400)
     (folder / "table.tsv").write_text("sentence\tlabel\n" + "a fine film\t1\na dull film\tnegative\n" * 40)
     for name in ("four", "two"):
         (folder / "images" / name).mkdir(parents=True)
