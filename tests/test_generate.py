@@ -7,9 +7,9 @@ import torch
 from torch.testing import assert_close
 
 from sat_lightning.errors import ConfigError, InputError
-from sat_lightning.generation import BaseStrategy, generate, stream
+from sat_lightning.generation import BaseStrategy, BeamSearchStrategy, generate, stream
 from sat_lightning.generation.text import RowText
-from sat_lightning.mixins import KeyValueCache, StaticCacheMixin
+from sat_lightning.mixins import KeyValueCache, LoraMixin, StaticCacheMixin
 from tests.families import FAMILIES, ids
 
 CAUSAL = [
@@ -286,3 +286,36 @@ def test_a_task_and_its_wrappers_are_looked_into():
         generate(FAMILIES["bert"].build(), [[5]])
     with pytest.raises(InputError, match="input_ids has 3 tokens, layout"):
         generate(FAMILIES["cuda2d"].build(), [[5, 6, 7]])
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": 2}, {"strategy": BeamSearchStrategy(2)}])
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_each_prompt_has_its_own_adapter(name, options):
+    model, rows = FAMILIES[name].build().eval(), prompts_of("gpt2")
+    parts = [model] if name == "gpt2" else [model.encoder, model.decoder]
+    for i in range(2):
+        for part in parts:
+            part.add_mixin(f"lora{i}", LoraMixin(part.config, rank=2))
+            torch.manual_seed(i)
+            for parameter in part.get_mixin(f"lora{i}").parameters():
+                torch.nn.init.normal_(parameter)
+    alone = []
+    for chosen in (-1, 0, 1):
+        for part in parts:
+            for i in range(2):
+                part.get_mixin(f"lora{i}").enabled = i == chosen
+        alone.append(generate(model, rows, max_new_tokens=5, **options))
+    for part in parts:
+        for i in range(2):
+            part.get_mixin(f"lora{i}").enable()
+    mixed = generate(model, rows, max_new_tokens=5, adapter_ids=[1, -1, 0, 1], **options)
+    assert [found.tokens for found in mixed] == [alone[c + 1][i].tokens for i, c in enumerate([1, -1, 0, 1])]
+    assert len({tuple(found[0].tokens) for found in alone}) == 3
+
+
+def test_adapter_ids_fit_prompts_and_adapters():
+    model = FAMILIES["gpt2"].build().eval()
+    with pytest.raises(InputError, match="adapter_ids has 1 entries for 2 prompts"):
+        generate(model, [[1], [2]], adapter_ids=[0])
+    with pytest.raises(InputError, match=r"adapter_ids names \[0\]; the model has \[-1\], -1 for none"):
+        generate(model, [[1]], adapter_ids=[0])

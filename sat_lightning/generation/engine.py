@@ -10,6 +10,7 @@ model is in eval mode with a `StaticCacheMixin` for the time of the call, and le
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -117,10 +118,12 @@ class _Job:
         self.rows = read_prompts(prompts, tokenizer)
         check_rows(self.rows, self.model.config.vocab_size)
         self.row_ids = range(len(self.rows)) if options.row_ids is None else options.row_ids
-        if len(self.row_ids) != len(self.rows):
-            raise InputError(
-                f"row_ids has {len(self.row_ids)} entries for {len(self.rows)} prompts: give one a prompt."
-            )
+        for name, given in (("row_ids", self.row_ids), ("adapter_ids", options.adapter_ids)):
+            if given is not None and len(given) != len(self.rows):
+                raise InputError(f"{name} has {len(given)} entries for {len(self.rows)} prompts: give one a prompt.")
+        present = [-1, *(mixin.adapter_id for mixin in self.model.modules() if hasattr(mixin, "adapter_id"))]
+        if unknown := set(map(int, options.adapter_ids or ())) - set(present):
+            raise InputError(f"adapter_ids names {sorted(unknown)}; the model has {sorted(set(present))}, -1 for none.")
         if options.stop_strings and tokenizer is None:
             raise InputError("stop_strings are found in text: pass tokenizer=.")
         writer = writer_of(self.model)
@@ -142,6 +145,12 @@ class _Job:
             compiled=options.backend, model_kw=options.model_kw, prompt_kw=options.prompt_kw,
         )  # fmt: skip
 
+    def call_of(self, indices: list[int]) -> CallOptions:
+        """Return how the model is called for some of the prompts."""
+        ids = self.options.adapter_ids
+        chosen = {} if ids is None else {"adapter_ids": torch.tensor([int(ids[index]) for index in indices])}
+        return replace(self.call, row_kw=chosen)
+
     def packed(self) -> PackedWeights | None:
         """Return room for copies of the weights, if they are worth it."""
         num_rows = min(len(self.rows), self.options.batch_size or len(self.rows))
@@ -161,7 +170,7 @@ class _Batch:
     def __init__(self, job: _Job, indices: list[int], is_streamed: bool = False) -> None:
         self.job, self.indices, self.is_streamed = job, indices, is_streamed
         rows = [job.rows[index] for index in indices]
-        self.runner = Runner(job.model, rows, job.max_new_tokens, job.call, job.options.decoder_start)
+        self.runner = Runner(job.model, rows, job.max_new_tokens, job.call_of(indices), job.options.decoder_start)
         row_ids = [job.row_ids[index] for index in indices]
         self.state = DecodingState.create(
             self.runner.prompts, job.max_new_tokens, seed=job.options.seed, row_ids=row_ids, end_tokens=job.end_tokens

@@ -32,7 +32,7 @@ class RaggedReader:
     def read(self, ids: Tensor) -> Tensor:
         """Read the next tokens `[b, s]` of each row; returns logits `[b, s, v]`."""
         runner, size = self.runner, ids.shape[1]
-        kw = {**runner.options.model_kw, **runner.cross, "num_logits": size}
+        kw = {**runner.keywords, "num_logits": size}
         call: Any = runner.model.decode if runner.writer is not runner.model else runner.model
         outputs = call(ids, position_ids=self._places(size), attention_mask="causal", cache=self.cache, **kw)
         self.cache.advance(size)

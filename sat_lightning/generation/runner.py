@@ -51,6 +51,7 @@ class CallOptions:
     compiled: str | None = None
     num_spare: int = 0  # slots of the cache for tokens that are read and may be forgotten
     model_kw: dict[str, Any] = field(default_factory=dict)
+    row_kw: dict[str, Tensor] = field(default_factory=dict)  # one value a row
     prompt_kw: dict[str, Any] = field(default_factory=dict)
 
 
@@ -161,6 +162,7 @@ class Runner:
         padding = None if min(map(len, self.rows)) == self.num_prompt else (self.num_prompt - lengths).to(self.device)
         self.cache = KeyValueCache(capacity + options.num_spare, dtype=options.cache_dtype, padding=padding)
         self.cross: dict[str, Any] = {}
+        self.row_kw = {name: value.to(self.device) for name, value in options.row_kw.items()}
         self.positions = self.layout.position_ids
         self._step = compiled_forward(options.compiled) if options.compiled else _forward
 
@@ -196,16 +198,22 @@ class Runner:
         self.cache.reorder(rows)
         if self.positions is not None and self.positions.shape[0] > 1:
             self.positions = self.positions.index_select(0, rows)
+        self.row_kw = {name: value.index_select(0, rows) for name, value in self.row_kw.items()}
         if self.cross:
             mask = self.cross["cross_attention_mask"]
             mask = None if mask is None else mask.index_select(0, rows)
             self.cross = {"cross_attention_mask": mask, "encoder_outputs": self.cache.cross}
 
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """What every call of the writing model is given."""
+        return {**self.options.model_kw, **self.row_kw, **self.cross}
+
     def _call(self, ids: Tensor, mask: Any, more: dict[str, Any], forward: Any = None) -> Tensor:  # noqa: ANN401
         start, stop = self.cache.length, self.cache.length + ids.shape[1]
         places = None if self.positions is None else self.positions[..., start:stop]
         call: Any = self.model.decode if isinstance(self.model, EncoderDecoderModel) else self.model
-        kw = {**self.options.model_kw, **self.cross, **more}
+        kw = {**self.keywords, **more}
         logits = (forward or _forward)(call, ids, places, mask, self.cache, kw)
         self.cache.advance(ids.shape[1])
         return logits
@@ -213,5 +221,5 @@ class Runner:
     def _encode(self, model: EncoderDecoderModel, prompt_kw: dict[str, Any]) -> None:
         ids, is_token = pad_right(self.sources, self.device)
         mask = None if is_token is None else is_token[:, None, None, :]
-        outputs = model.encode(ids, attention_mask=mask, **self.options.model_kw, **prompt_kw)
+        outputs = model.encode(ids, attention_mask=mask, **self.keywords, **prompt_kw)
         self.cross = {"encoder_outputs": outputs, "cross_attention_mask": mask}

@@ -6,7 +6,7 @@ Legend: b batch, s length, c hidden size, m adapter size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,10 +14,18 @@ from torch import Tensor, nn
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import ConfigError, nearest
 from sat_lightning.hooks import non_conflict, passes_mask
+from sat_lightning.mixins.sat_form import Arguments, accepts_sat_form, sizes
 from sat_lightning.mixins.tuning import TuningMixin
 from sat_lightning.nn.linear import InitMethod, Linear, normal_init
 
+if TYPE_CHECKING:
+    from sat_lightning.model import BaseModel
+
 _PLACES = ("attention", "mlp")
+
+
+def _sat_form(num_layers: int, hidden_size: int, adapter_hidden: int) -> Arguments:
+    return (sizes(num_layers, hidden_size, layernorm_order="post"), adapter_hidden), {}
 
 
 class AdapterMixin(TuningMixin):
@@ -26,7 +34,8 @@ class AdapterMixin(TuningMixin):
     x is that output itself (Houlsby et al. 2019, arXiv:1902.00751), or with `is_parallel` what attention or MLP read
     (He et al. 2021, arXiv:2110.04366). Either way it is added before the residual, and in sandwich order before the
     norm that closes the branch: whatever `layernorm_order` is, the layer stays as it is around it. ff2 and ff4 start at
-    0, so that a new adapter changes nothing.
+    0, so that a new adapter changes nothing. SAT's class ran its layers in post order whatever the model's was: weights
+    trained there need a model of `layernorm_order="post"`, and SAT's arguments are refused elsewhere.
 
     Args:
         config: gives the sizes.
@@ -37,9 +46,10 @@ class AdapterMixin(TuningMixin):
             a checkpoint of SAT's sets it where the two differ, and says so in the report.
 
     Raises:
-        ConfigError: for a size below 1 or an unknown place.
+        ConfigError: for a size below 1 or an unknown place; when added to a model, if it was built for another order.
     """
 
+    @accepts_sat_form(_sat_form)
     def __init__(
         self,
         config: TransformerConfig,
@@ -55,6 +65,7 @@ class AdapterMixin(TuningMixin):
         for place in places:
             if place not in _PLACES:
                 raise ConfigError(f"places: '{place}' is none, there are {list(_PLACES)}.{nearest(place, _PLACES)}")
+        self.layernorm_order = config.layernorm_order
         self.is_parallel, self.places = is_parallel, tuple(places)
         sizes = config.hidden_size, adapter_hidden
         init, count = normal_init(config.init_method_std), config.num_layers
@@ -77,6 +88,15 @@ class AdapterMixin(TuningMixin):
     @passes_mask
     def _layer_forward(self, hidden_states: Tensor, mask: Tensor, *, layer_id: int, **kw: Any) -> Tensor:
         return self.transformer.layers[layer_id].run_post(hidden_states, mask, layer_id=layer_id, **kw)
+
+    def added_to(self, model: BaseModel) -> None:
+        """Look whether the layers are of the order that it was built for; see `BaseMixin.added_to`."""
+        if self.layernorm_order != (order := model.config.layernorm_order):
+            raise ConfigError(
+                f"This AdapterMixin was built for {self.layernorm_order} order, as SAT's always is, and the model's "
+                f"layers are in {order} order. For weights trained in SAT build the model with "
+                f"layernorm_order='{self.layernorm_order}'; for new ones write AdapterMixin(model.config, ...)."
+            )
 
     @non_conflict
     @passes_mask

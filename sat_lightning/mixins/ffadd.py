@@ -13,8 +13,13 @@ from torch import Tensor, nn
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import ConfigError
 from sat_lightning.hooks import non_conflict
+from sat_lightning.mixins.sat_form import Arguments, accepts_sat_form, sizes
 from sat_lightning.mixins.tuning import TuningMixin
 from sat_lightning.nn.linear import Linear, normal_init
+
+
+def _sat_form(hidden_size: int, layer_num: int = 24, r: int = 0, layer_range: Sequence[int] | None = None) -> Arguments:
+    return (sizes(layer_num, hidden_size), r, layer_range), {}
 
 
 class FFADDMixin(TuningMixin):
@@ -31,6 +36,7 @@ class FFADDMixin(TuningMixin):
         ConfigError: for r below 1, or a layer that is not there.
     """
 
+    @accepts_sat_form(_sat_form)
     def __init__(self, config: TransformerConfig, r: int = 32, layer_range: Sequence[int] | None = None) -> None:
         super().__init__()
         layers = range(config.num_layers) if layer_range is None else layer_range

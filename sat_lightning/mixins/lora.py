@@ -18,6 +18,7 @@ from sat_lightning.errors import ConfigError
 from sat_lightning.hooks import non_conflict
 from sat_lightning.mixins.places import Place, Slot, look_up
 from sat_lightning.mixins.quantized import dense_weight
+from sat_lightning.mixins.sat_form import Arguments, accepts_sat_form, sizes
 from sat_lightning.mixins.weight_tuning import (
     Adapter,
     Kept,
@@ -139,6 +140,34 @@ class LoraWeights(Adapter):
                     up.copy_(left[:, :rank] * root)
 
 
+def _lora2_form(
+    layer_num: int,
+    r: int = 0,
+    lora_alpha: float = 1.0,
+    lora_dropout: float = 0.0,
+    layer_range: Sequence[int] | None = None,
+    qlora: bool = False,
+    cross_attention: bool = True,
+) -> Arguments:
+    if qlora:
+        raise ConfigError("qlora: call quantize_base(model) once the weights are loaded, and add this without qlora.")
+    layers = "|".join(map(str, range(layer_num) if layer_range is None else layer_range))
+    target = rf"^layers\.({layers})\.{'(cross_)?' if cross_attention else ''}{ATTENTION}"
+    return (sizes(layer_num),), {"rank": r, "alpha": lora_alpha, "dropout": lora_dropout, "target": target}
+
+
+def _lora_form(
+    hidden_size: int,
+    layer_num: int = 24,
+    r: int = 0,
+    lora_alpha: float = 1.0,
+    lora_dropout: float = 0.0,
+    layer_range: Sequence[int] | None = None,
+) -> Arguments:
+    given = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "layer_range": layer_range}
+    return (sizes(layer_num, hidden_size),), given
+
+
 class LoraMixin(WeightTuningMixin):
     r"""``W x + scale * alpha / rank * B A x`` on chosen linears (Hu et al. 2021, arXiv:2106.09685).
 
@@ -165,6 +194,7 @@ class LoraMixin(WeightTuningMixin):
         ConfigError: for a number out of range; when added to a model, for a pattern that matches nothing.
     """
 
+    @accepts_sat_form(_lora2_form)
     def __init__(
         self,
         config: TransformerConfig,
@@ -247,6 +277,7 @@ class LoRAMixin(LoraMixin):
         layer_range: the layers to adapt. Default: all.
     """
 
+    @accepts_sat_form(_lora_form)
     def __init__(
         self,
         config: TransformerConfig,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import ConfigError, InputError, nearest
 from sat_lightning.hooks import non_conflict
+from sat_lightning.mixins.sat_form import Arguments, accepts_sat_form, sizes
 from sat_lightning.model import BaseMixin
 from sat_lightning.nn.linear import Linear, normal_init
 
@@ -46,6 +47,22 @@ class _Head(BaseMixin):
         return x
 
 
+def _sat_form(
+    hidden_size: int,
+    *output_sizes: int,
+    bias: bool = True,
+    activation_func: Callable[[Tensor], Tensor] = F.relu,
+    init_std: float = 0.005,
+    **kw: Any,
+) -> Arguments:
+    known = [name for name, activation in _ACTIVATIONS.items() if activation is activation_func]
+    if not known:
+        raise ConfigError(f"activation_func is {activation_func!r}, there are torch.nn.functional's {[*_ACTIVATIONS]}.")
+    return (sizes(hidden_size=hidden_size), *output_sizes), {
+        "bias": bias, "activation": known[0], "init_std": init_std, **kw,
+    }  # fmt: skip
+
+
 class MLPHeadMixin(_Head):
     """Score by an MLP: `[b, s, c]` to `[b, s, o]`, or to `[b, o]` with `pooling`.
 
@@ -65,6 +82,7 @@ class MLPHeadMixin(_Head):
         ConfigError: without an output, or for an unknown activation or pooling.
     """
 
+    @accepts_sat_form(_sat_form)
     def __init__(
         self,
         config: TransformerConfig,
@@ -76,11 +94,6 @@ class MLPHeadMixin(_Head):
         init_std: float = 0.005,
     ) -> None:
         super().__init__(activation, pooling)
-        if not isinstance(config, TransformerConfig):
-            raise ConfigError(
-                f"MLPHeadMixin takes the model's configuration, which knows the width, and got {config!r}. Write "
-                "MLPHeadMixin(model.config, 256, num_classes)."
-            )
         self.layers = make_layers(config, output_sizes or sizes, bias, init_std)
 
     def final_forward(self, logits: Tensor, token_mask: Tensor | None = None, **kw: Any) -> Tensor:

@@ -16,9 +16,17 @@ from torch import Tensor, nn
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import ConfigError
 from sat_lightning.hooks import non_conflict, passes_mask
+from sat_lightning.mixins.sat_form import Arguments, accepts_sat_form, sizes
 from sat_lightning.mixins.tuning import TuningMixin
 from sat_lightning.nn.linear import Embedding, InitMethod, Linear, normal_init
 from sat_lightning.nn.masks import waiting_keys
+
+
+def _sat_form(
+    num_layers: int, hidden_size_per_attention_head: int, num_attention_heads: int, prefix_len: int
+) -> Arguments:
+    width = hidden_size_per_attention_head * num_attention_heads
+    return (sizes(num_layers, width, num_attention_heads), prefix_len), {}
 
 
 class PrefixTuningMixin(TuningMixin):
@@ -37,9 +45,10 @@ class PrefixTuningMixin(TuningMixin):
             files for models with positions.
 
     Raises:
-        ConfigError: for a length below 1, or sizes in the place of the configuration.
+        ConfigError: for a length below 1.
     """
 
+    @accepts_sat_form(_sat_form)
     def __init__(
         self,
         config: TransformerConfig,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import ConfigError, HookError
+from sat_lightning.mixins.sat_form import refusal
 from sat_lightning.model import BaseMixin
 
 if TYPE_CHECKING:
@@ -25,13 +24,10 @@ class TuningMixin(BaseMixin):
     _scale: float = 1.0
 
     def __new__(cls, *args: Any, **kwargs: Any) -> TuningMixin:
-        """Refuse sizes in the place of the configuration, as SAT's constructors take them."""
-        if args and not isinstance(args[0], TransformerConfig):
-            settings = list(inspect.signature(cls.__init__).parameters)[2:]
-            raise ConfigError(
-                f"{cls.__name__} takes the model's configuration, which knows the sizes, and got {args[0]!r}. Write "
-                f"{cls.__name__}(model.config, ...), with its settings by name: {', '.join(settings) or 'none'}."
-            )
+        """Refuse sizes in the place of the configuration, where SAT has no such class."""
+        if args and isinstance(args[0], int) and cls.__module__.startswith("sat_lightning."):
+            if not hasattr(cls.__init__, "__wrapped__"):
+                raise ConfigError(refusal(cls.__name__, cls.__init__, args))
         return cast(TuningMixin, super().__new__(cls, *args, **kwargs))
 
     @property
