@@ -268,7 +268,7 @@ def test_wrong_settings_say_what_is_right():
     with pytest.raises(ConfigError, match="prefix_len is 0, it must be at least 1"):
         PrefixTuningMixin(TINY, 0)
     with pytest.raises(ConfigError, match=r"got 2. Write PrefixTuningMixin\(model.config, ...\), .* prefix_len, "):
-        PTuningV2Mixin(2, 8, 4, 5)
+        PTuningV2Mixin(2, 8)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "bert", "t5", "vit", "gptneo"])

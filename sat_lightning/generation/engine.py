@@ -121,9 +121,9 @@ class _Job:
         for name, given in (("row_ids", self.row_ids), ("adapter_ids", options.adapter_ids)):
             if given is not None and len(given) != len(self.rows):
                 raise InputError(f"{name} has {len(given)} entries for {len(self.rows)} prompts: give one a prompt.")
-        present = [-1, *(mixin.adapter_id for mixin in self.model.modules() if hasattr(mixin, "adapter_id"))]
-        if unknown := set(map(int, options.adapter_ids or ())) - set(present):
-            raise InputError(f"adapter_ids names {sorted(unknown)}; the model has {sorted(set(present))}, -1 for none.")
+        present = {-1, *(int(getattr(module, "adapter_id", -1)) for module in self.model.modules())}  # type: ignore[arg-type]
+        if unknown := set(map(int, options.adapter_ids or ())) - present:
+            raise InputError(f"adapter_ids names {sorted(unknown)}; the model has {sorted(present)}, -1 for none.")
         if options.stop_strings and tokenizer is None:
             raise InputError("stop_strings are found in text: pass tokenizer=.")
         writer = writer_of(self.model)
