@@ -121,7 +121,8 @@ class _Job:
         for name, given in (("row_ids", self.row_ids), ("adapter_ids", options.adapter_ids)):
             if given is not None and len(given) != len(self.rows):
                 raise InputError(f"{name} has {len(given)} entries for {len(self.rows)} prompts: give one a prompt.")
-        present = {-1, *(int(getattr(module, "adapter_id", -1)) for module in self.model.modules())}  # type: ignore[arg-type]
+        modules: Iterator[Any] = self.model.modules()
+        present = {-1, *(module.adapter_id for module in modules if hasattr(module, "adapter_id"))}
         if unknown := set(map(int, options.adapter_ids or ())) - present:
             raise InputError(f"adapter_ids names {sorted(unknown)}; the model has {sorted(present)}, -1 for none.")
         if options.stop_strings and tokenizer is None:
