@@ -80,8 +80,11 @@ def test_equals_the_formula(mask, backend, num_key_value_heads):
         assert_close(model(ids, attention_mask=mask)[0], written_out(model)(ids, attention_mask=mask)[0])
 
 
+@pytest.mark.parametrize("is_masked", [True, False])
 @pytest.mark.parametrize("mask", ["full", "causal", "ragged_causal"])
-def test_gradients_equal_those_of_the_formula(mask):
+def test_gradients_equal_those_of_the_formula(mask, is_masked, monkeypatch):
+    """By either way of a causal mask beside a prefix."""
+    monkeypatch.setattr("sat_lightning.nn.attention_fn._is_masked_faster", lambda query: is_masked)
     found = []
     for change in (lambda model: model, written_out):
         model = build()

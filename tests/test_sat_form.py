@@ -89,3 +89,12 @@ def test_a_subclass_keeps_its_own_arguments(tmp_path):
 def test_what_fits_neither_form_is_told_the_new_one(make, says):
     with pytest.raises(ConfigError, match=says):
         make()
+
+
+def test_merges_by_sats_name():
+    model = build("bert", "lora2", FORMS["lora2"][0])
+    with torch.no_grad():
+        expected = FAMILIES["bert"].run(model)
+        model.get_mixin("tuned").merge_lora()
+        model.del_mixin("tuned")
+        torch.testing.assert_close(FAMILIES["bert"].run(model), expected, atol=1e-5, rtol=1e-5)

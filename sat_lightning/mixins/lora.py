@@ -251,6 +251,10 @@ class LoraMixin(WeightTuningMixin):
         rows = rows_of(kw.get("adapter_ids"), self.adapter_id, adapter, x)
         return adapter(self.drop(x), output, self.scale, rows)
 
+    def merge_lora(self) -> None:
+        """Merge, by SAT's name for it; after `del_mixin` the model is a plain one."""
+        self.merge()
+
     def drop(self, x: Tensor) -> Tensor:
         """Drop features of what A reads, in training."""
         return F.dropout(x, self.dropout) if self.dropout > 0.0 and self.training else x
