@@ -475,6 +475,31 @@ def test_images_are_read_once():
     assert tokens.tolist() == [written(score, values)]
 
 
+def test_a_function_is_called_as_sat_calls_a_model():
+    model = build()
+    model.add_mixin("auto-regressive", CachedAutoregressiveMixin())
+    seen = []
+
+    def call(**kw):
+        seen.append(set(kw))
+        return model(**kw)
+
+    assert torch.equal(filling_sequence(call, slots(), 1, GREEDY)[0], filling_sequence(model, slots(), 1, GREEDY)[0])
+    keywords = {"input_ids", "position_ids", "attention_mask", "mems", "log_attention_weights"}
+    assert seen == [keywords] * len(seen)
+
+
+def test_rows_with_weights_of_their_own():
+    model = build()
+    weights = torch.randn(2, 4, 12, 12, generator=torch.Generator().manual_seed(1)) * 3
+    tokens, mems = filling_sequence(model, slots(), 2, GREEDY, log_attention_weights=weights)
+    for row in range(2):
+        alone = filling_sequence(model, slots(), 1, GREEDY, log_attention_weights=weights[row : row + 1])
+        assert torch.equal(tokens[row : row + 1], alone[0])
+        assert_close(mems[:, row : row + 1], alone[1])
+    assert not torch.equal(mems[:, 0], mems[:, 1])
+
+
 def test_a_task_that_holds_a_model():
     model = build()
     task = torch.nn.Module()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -135,6 +138,21 @@ def test_rows_end_on_their_own():
         ([[5]], {"end_tokens": [60]}, ConfigError, "60.* outside the vocabulary of 60"),
         (["text"], {}, InputError, "prompt 0 is a text; pass tokenizer="),
         ([5, 6], {}, InputError, "pass a list of prompts"),
+        (torch.tensor([5, 6]), {}, InputError, "pass a list of prompts"),
+        (np.array([5, 6]), {}, InputError, "pass a list of prompts"),
+        ({"input_ids": [[5]]}, {}, InputError, "prompts is a dict; pass a list"),
+        (None, {}, InputError, "prompts is a NoneType; pass a list"),
+        ([[5], [5.5]], {}, InputError, "prompt 1 is a list of what are no ids; it must be a text, or whole numbers"),
+        ([torch.tensor([5.5])], {}, InputError, r"prompt 0 is torch.float32 \[1\] of what are no ids"),
+        ([[[5]]], {}, InputError, "prompt 0 is a list of what are no ids"),
+        ([[5]], {"max_new_tokens": 0}, ConfigError, "max_new_tokens is 0, it must be a whole number of at least 1"),
+        ([[5]], {"max_new_tokens": 2.5}, ConfigError, "max_new_tokens is 2.5, it must be a whole number"),
+        ([[5]], {"seed": -1}, ConfigError, "seed is -1, it must be a whole number of at least 0"),
+        ([[5]], {"end_tokens": "a"}, ConfigError, r"end_tokens must be ids, such as \[2\], not 'a'"),
+        ([[5]], {"temperature": 0.5}, ConfigError, r"It belongs to the strategy: strategy=BaseStrategy\(temperature="),
+        ([[5]], {"strategy": BaseStrategy}, ConfigError, "strategy is the class BaseStrategy; it must be an object"),
+        ([[5]], {"strategy": "greedy"}, ConfigError, "strategy is a str; it must be an object with start, step"),
+        ([[5]], {"cache_dtype": torch.int32}, ConfigError, "cache_dtype is torch.int32; it is a floating dtype or"),
         ([[5]], {"max_new_token": 5}, ConfigError, "Did you mean 'max_new_tokens'"),
         ([[5]], {"cache_dtype": "fp8"}, ConfigError, "cache_dtype is 'fp8', known are fp32, fp16, bf16, int8"),
     ],
@@ -142,6 +160,49 @@ def test_rows_end_on_their_own():
 def test_refusals(prompts, options, error, text):
     with pytest.raises(error, match=text):
         generate(FAMILIES["gpt2"].build(), prompts, **options)
+
+
+def test_a_stream_refuses_at_once():
+    with pytest.raises(InputError, match="prompt 0 is empty"):
+        stream(FAMILIES["gpt2"].build(), [[]])
+
+
+def test_prompts_are_anything_of_ids():
+    model, rows = FAMILIES["gpt2"].build().eval(), [[5, 6, 7], [8, 9]]
+    expected = [r.tokens for r in generate(model, rows, max_new_tokens=3)]
+    padded = torch.tensor([[5, 6, 7], [-1, 8, 9]])
+    kinds = (np.array, torch.tensor, partial(torch.tensor, dtype=torch.int32), tuple)
+    for prompts in (*([kind(row) for row in rows] for kind in kinds), iter(rows), padded, padded.numpy()):
+        assert [r.tokens for r in generate(model, prompts, max_new_tokens=3)] == expected
+    end = expected[0][0]
+    for ends in (end, [end], torch.tensor([end])):
+        assert generate(model, rows, max_new_tokens=3, end_tokens=ends)[0].finish == "end"
+        strategy = BaseStrategy(top_k=1, end_tokens=ends)
+        assert generate(model, rows, max_new_tokens=3, strategy=strategy)[0].finish == "end"
+
+
+def test_generations_in_turns_over_one_model():
+    model, rows = FAMILIES["gpt2"].build().train(), prompts_of("gpt2")
+    expected = [r.tokens for r in generate(model, rows, max_new_tokens=6)]
+    names, written = list(model.mixins), ([[] for _ in rows], [[] for _ in rows])
+    first, second = stream(model, rows, max_new_tokens=6), stream(model, rows, max_new_tokens=6, pack_weights=True)
+    for _ in range(9):  # the first begins before the second, and ends before it
+        piece = next(first)
+        written[0][piece.index].append(piece.token)
+    assert [r.tokens for r in generate(model, rows[:2], max_new_tokens=6)] == expected[:2]
+    piece = next(second)
+    written[1][piece.index].append(piece.token)
+    for pieces, found in ((first, written[0]), (second, written[1])):
+        for piece in pieces:
+            found[piece.index].append(piece.token)
+        assert found == expected
+        assert model.training == (pieces is second)
+    assert list(model.mixins) == names and all(module.training for module in model.modules())
+    closed, other = stream(model, rows, max_new_tokens=6), stream(model, rows, max_new_tokens=6)
+    next(closed), next(other)
+    closed.close()
+    assert len(list(other)) == 6 * len(rows) - 1
+    assert list(model.mixins) == names and all(module.training for module in model.modules())
 
 
 def test_no_prompts_give_no_results():

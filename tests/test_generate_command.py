@@ -219,6 +219,13 @@ REFUSED = {
         1,
         "prompts.jsonl:1 holds no text",
     ),
+    "no text": (
+        ["--input", "number.jsonl", "--output", "o"],
+        1,
+        "number.jsonl:2 holds no text as 'prompt' and no input_ids, 'prompt' is of type int",
+    ),
+    "no word": (["--input", "ids.jsonl", "--output", "o"], 1, "prompt 2 holds the id 300; the model has 257 words"),
+    "no end": (["--prompt", "x", "--end-token", "257"], 2, "--end-token '257' is outside the vocabulary of 257"),
     "too long": (["--prompt", "x" * 40, "--max-new-tokens", "20"], 1, "prompt 1 has 40 tokens; the model has 48"),
     "no room": (["--prompt", "x", "--max-new-tokens", "48"], 2, "--max-new-tokens is 48, and the model has 48"),
     "beams": (["--prompt", "x", "--n-best", "2"], 2, "--n-best is 2; it is at least 1"),
@@ -238,9 +245,17 @@ MESSAGES = [message for _, _, message in REFUSED.values()] + [
 @pytest.mark.parametrize("case", REFUSED)
 def test_one_line_says_what_is_wrong(case: str, runs: Path, folder: Path, capsys: pytest.CaptureFixture) -> None:
     (folder / "broken.jsonl").write_text('"a"\n{"prompt": \n')
+    (folder / "number.jsonl").write_text('"a"\n{"prompt": 5}\n')
+    (folder / "ids.jsonl").write_text('"a long prompt"\n{"input_ids": [300]}\n')
     words, code, message = REFUSED[case]
     assert fails(capsys, "--ckpt", runs, *words) == (code, message)
     assert not list(folder.glob(".o*"))
+
+
+def test_a_file_may_begin_with_a_mark_of_its_encoding(runs: Path, folder: Path) -> None:
+    (folder / "marked.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n{"prompt": "\xf0\x9f\x98\x80"}\r\n')
+    run("--ckpt", runs, "--input", "marked.jsonl", "--output", "out.jsonl", "--max-new-tokens", 2)
+    assert [(line["prompt"], line["index"]) for line in lines()] == [("a", 0), ("😀", 2)]
 
 
 def test_prompts_too_long_lose_their_beginning_if_asked(runs: Path, folder: Path) -> None:

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sat_lightning.errors import InputError
+from sat_lightning.errors import ConfigError, InputError
 from sat_lightning.generation.constraints import allow_only
 from sat_lightning.generation.options import Finish, Generation, GenerationOptions, Streamed
 from sat_lightning.generation.packed import PackedWeights, is_worthwhile
 from sat_lightning.generation.prompts import Prompt, batches_of, check_lengths, check_rows, read_prompts
+from sat_lightning.generation.rules import read_end_tokens
 from sat_lightning.generation.runner import CallOptions, Runner, find_model, kept_dtype, longest_of, prepared, writer_of
 from sat_lightning.generation.state import DecodingState
 from sat_lightning.generation.strategies import greedy
@@ -89,9 +90,12 @@ def stream(
         **changes: see above.
 
     Raises:
-        InputError: as `generate`.
+        InputError: as `generate`, for the prompts at once.
     """
-    job = _Job(model, prompts, strategy, tokenizer, GenerationOptions.read(options, changes))
+    return _stream(_Job(model, prompts, strategy, tokenizer, GenerationOptions.read(options, changes)))
+
+
+def _stream(job: _Job) -> Iterator[Streamed]:
     with prepared(job.model, job.packed()):
         for indices in job.batches():
             batch = _Batch(job, indices, is_streamed=True)
@@ -112,7 +116,7 @@ class _Job:
         options: GenerationOptions,  # noqa: ANN401
     ) -> None:
         self.model: BaseModel | EncoderDecoderModel = find_model(model)
-        self.strategy, self.tokenizer, self.options = strategy or greedy(), tokenizer, options
+        self.strategy, self.tokenizer, self.options = _read_strategy(strategy), tokenizer, options
         if options.allowed_tokens is not None:
             self.strategy = allow_only(self.strategy, options.allowed_tokens)
         self.rows = read_prompts(prompts, tokenizer)
@@ -138,8 +142,8 @@ class _Job:
             check_lengths(self.rows, 0, longest_of(self.model.encoder))  # type: ignore[arg-type]
         own = getattr(tokenizer, "end_of_document_id", None)
         defaults = () if own is None else (own,)
-        self.end_tokens = [int(x) for x in (defaults if options.end_tokens is None else options.end_tokens)]
-        self.all_ends = {*self.end_tokens, *(getattr(self.strategy, "end_tokens", None) or ())}
+        self.end_tokens = read_end_tokens(defaults if options.end_tokens is None else options.end_tokens)
+        self.all_ends = {*self.end_tokens, *read_end_tokens(getattr(self.strategy, "end_tokens", None))}
         self.call = CallOptions(
             cache_dtype=options.stored_dtype or kept_dtype(self.model),
             prefill_chunk=options.prefill_chunk, visibility=options.visibility,
@@ -163,6 +167,19 @@ class _Job:
     def batches(self) -> Iterator[list[int]]:
         """Yield the indices of the prompts of each batch."""
         return batches_of(self.rows, self.options.batch_size)
+
+
+def _read_strategy(strategy: Any) -> Any:  # noqa: ANN401
+    if strategy is None:
+        return greedy()
+    if isinstance(strategy, type) or not all(hasattr(strategy, name) for name in ("start", "step", "finalize")):
+        kind = f"the class {strategy.__name__}" if isinstance(strategy, type) else f"a {type(strategy).__name__}"
+        cure = "SAT's forward(logits, tokens, mems) runs in filling_sequence." if hasattr(strategy, "forward") else ""
+        raise ConfigError(
+            f"strategy is {kind}; it must be an object with start, step and finalize, such as "
+            f"BaseStrategy(temperature=0.8). {cure}".rstrip()
+        )
+    return strategy
 
 
 class _Batch:

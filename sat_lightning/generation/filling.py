@@ -146,7 +146,7 @@ class _Filling:
         if not self.is_sat_style:
             self.state = self.strategy.start(self.state)
         slots.check_memory(memory.mems, memory.next, len(self.state.tokens))
-        sources = [slots.prompt.shape[0], memory.num_rows, _num_rows(kw.get("encoder_outputs"))]
+        sources = [slots.num_rows, memory.num_rows, _num_rows(kw.get("encoder_outputs"))]
         self.is_shared = max(sources) == 1
         """Whether one row stands for all, as before the first draw."""
 
@@ -189,7 +189,8 @@ class _Filling:
         first, start, stop = memory.first, memory.next, state.length
         tokens = state.tokens[:1] if self.is_shared else state.tokens
         part = self.slots.part(first, start, stop)
-        logits, *layers = self.model(tokens[:, start:stop].clamp(min=0), mems=memory.mems, **part, **self.kw)
+        ids = tokens[:, start:stop].clamp(min=0)
+        logits, *layers = self.model(input_ids=ids, mems=memory.mems, **part, **self.kw)
         missing = [i for i, layer in enumerate(layers) if "mem_kv" not in layer]
         if missing or not layers:
             raise InputError(

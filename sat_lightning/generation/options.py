@@ -10,8 +10,11 @@ import torch
 
 from sat_lightning.errors import ConfigError, nearest
 from sat_lightning.generation.layout import Visibility
+from sat_lightning.generation.strategies import BaseStrategy
 
 CACHE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
+
+_COUNTS = ("max_new_tokens", "batch_size", "prefill_chunk", "check_every")
 
 Finish = Literal["end", "stop", "length"]
 
@@ -26,8 +29,8 @@ class GenerationOptions:
 
     max_new_tokens: int | None = None
     """Tokens written for each prompt, at most. Default: 256, or what the model has positions for."""
-    end_tokens: Sequence[int] | None = None
-    """Ids that end a row, beside the strategy's. Default: the tokenizer's `end_of_document_id`, if it has one."""
+    end_tokens: Sequence[int] | int | None = None
+    """One id or several that end a row, beside the strategy's. Default: the tokenizer's `end_of_document_id`."""
     stop_strings: Sequence[str] = ()
     """Texts that end a row; the result ends before them. They need a tokenizer."""
     seed: int | None = None
@@ -61,15 +64,18 @@ class GenerationOptions:
 
     def __post_init__(self) -> None:
         """Check every value."""
-        for name in ("max_new_tokens", "batch_size", "prefill_chunk", "check_every"):
+        for name, least in (*((name, 1) for name in _COUNTS), ("seed", 0)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}, it must be at least 1.")
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise ConfigError(f"{name} is {value!r}, it must be a whole number of at least {least}.")
         if isinstance(self.cache_dtype, str) and self.cache_dtype not in CACHE_DTYPES:
             raise ConfigError(
                 f"cache_dtype is {self.cache_dtype!r}, known are {', '.join(CACHE_DTYPES)}."
                 f"{nearest(self.cache_dtype, CACHE_DTYPES)}"
             )
+        stored = self.stored_dtype
+        if stored is not None and not (stored is torch.int8 or stored.is_floating_point):
+            raise ConfigError(f"cache_dtype is {stored}; it is a floating dtype or torch.int8.")
         if self.visibility not in (None, "causal", "full"):
             raise ConfigError(f"visibility is {self.visibility!r}; it is 'causal', 'full' or None (the family's own).")
         if isinstance(self.stop_strings, str) or "" in self.stop_strings:
@@ -86,8 +92,11 @@ class GenerationOptions:
         """
         names = [f.name for f in fields(cls)]
         for name in changes:
-            if name not in names:
-                raise ConfigError(f"There is no option '{name}' of a generation.{nearest(name, names)}")
+            if name in names:
+                continue
+            is_of_strategy = name in {f.name for f in fields(BaseStrategy)}
+            cure = f" It belongs to the strategy: strategy=BaseStrategy({name}=...)." if is_of_strategy else ""
+            raise ConfigError(f"There is no option '{name}' of a generation.{cure or nearest(name, names)}")
         given = {} if options is None else {name: getattr(options, name) for name in names}
         return cls(**(given | changes))
 

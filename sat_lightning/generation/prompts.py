@@ -5,9 +5,12 @@ Legend: b rows, s columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Number
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,11 +21,11 @@ Prompt = str | Sequence[int] | Tensor
 Row = list[int]
 
 
-def read_prompts(prompts: Sequence[Prompt] | Tensor | str, tokenizer: Any = None) -> list[Row]:  # noqa: ANN401
+def read_prompts(prompts: Iterable[Prompt] | Tensor | str, tokenizer: Any = None) -> list[Row]:  # noqa: ANN401
     """Turn prompts into rows of ids.
 
     Args:
-        prompts: texts, lists of ids, tensors `[s]`, or one tensor `[b, s]` in which negative ids are padding.
+        prompts: texts, lists of ids, tensors or arrays `[s]`, or one `[b, s]` in which negative ids are padding.
         tokenizer: turns texts into ids: it has `encode(text)` and `decode(ids)`.
 
     Returns:
@@ -31,9 +34,12 @@ def read_prompts(prompts: Sequence[Prompt] | Tensor | str, tokenizer: Any = None
     Raises:
         InputError: for a prompt that is no such thing, a text without a tokenizer, or an empty prompt.
     """
-    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+    if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
+        raise InputError(f"prompts is a {type(prompts).__name__}; pass a list of texts, or of lists of ids.")
+    found = list(prompts)
+    if isinstance(prompts, str) or (found and (isinstance(found[0], Number) or getattr(found[0], "ndim", 1) == 0)):
         raise InputError("prompts is a single one; pass a list of prompts, such as [prompt].")
-    rows = [_read_prompt(prompt, index, tokenizer) for index, prompt in enumerate(prompts)]
+    rows = [_read_prompt(prompt, index, tokenizer) for index, prompt in enumerate(found)]
     for index, row in enumerate(rows):
         if not row:
             raise InputError(
@@ -47,11 +53,16 @@ def _read_prompt(prompt: Prompt, index: int, tokenizer: Any) -> Row:  # noqa: AN
         if tokenizer is None:
             raise InputError(f"prompt {index} is a text; pass tokenizer=, which turns it into ids.")
         return [int(token) for token in tokenizer.encode(prompt)]
-    if isinstance(prompt, Tensor):
-        if prompt.dim() != 1 or prompt.is_floating_point():
-            raise InputError(f"prompt {index} is a {prompt.dtype} tensor {list(prompt.shape)}; ids are integers [s].")
-        return [token for token in prompt.tolist() if token >= 0]
-    return [int(token) for token in prompt]
+    is_array = isinstance(prompt, (Tensor, np.ndarray))
+    try:
+        ids = [operator.index(token) for token in (prompt.tolist() if is_array else prompt)]  # type: ignore[union-attr]
+    except TypeError as error:
+        kind = f"{prompt.dtype} {list(prompt.shape)}" if is_array else f"a {type(prompt).__name__}"  # type: ignore[union-attr]
+        raise InputError(
+            f"prompt {index} is {kind} of what are no ids; it must be a text, or whole numbers [length]: a list of "
+            "them, or a tensor."
+        ) from error
+    return [token for token in ids if token >= 0] if is_array else ids
 
 
 def check_rows(rows: Sequence[Row], vocab_size: int) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +61,7 @@ class LogitsRules(SatSettings):
     def __post_init__(self) -> None:
         """Check every value, and make the sequences tuples."""
         self.invalid_slices = tuple(self.invalid_slices)
-        self.end_tokens = tuple(int(token) for token in self.end_tokens or ())
+        self.end_tokens = read_end_tokens(self.end_tokens)
         self.bad_words = tuple(tuple(word) for word in self.bad_words)
         self.processors = tuple(self.processors)
         if self.top_k == 0:
@@ -170,6 +171,19 @@ def check_range(name: str, value: float, low: float, high: float = math.inf, *, 
     lower = "" if low == -math.inf else f" above {low}" if is_open else f" at least {low}"
     upper = "" if high == math.inf else f" and at most {high}"
     raise ConfigError(f"{name} must be {kind}{lower}{upper}, not {value!r}.")
+
+
+def read_end_tokens(end_tokens: Any) -> tuple[int, ...]:  # noqa: ANN401
+    """Return ids as a tuple: of None, of one id, or of any number of them.
+
+    Raises:
+        ConfigError: for what are no ids.
+    """
+    try:
+        found = [] if end_tokens is None else end_tokens if isinstance(end_tokens, Iterable) else [end_tokens]
+        return tuple(operator.index(token) for token in found)
+    except TypeError as error:
+        raise ConfigError(f"end_tokens must be ids, such as [2], not {end_tokens!r}.") from error
 
 
 def check_end_tokens(state: DecodingState, end_tokens: Sequence[int], vocab_size: int) -> None:

@@ -23,6 +23,9 @@ from sat_lightning.mixins import KeyValueCache, StaticCacheMixin
 from sat_lightning.model import BaseMixin, BaseModel, ComposedModel, EncoderDecoderModel
 from sat_lightning.nn.linear import Embedding
 
+#: The name under which a model that is prepared has it.
+_LAST_TOKEN = "generation-last-token"
+
 
 class LastTokenMixin(BaseMixin):
     """Score only the last tokens: the head is the largest linear, and of a prompt one row of its result is read.
@@ -34,6 +37,7 @@ class LastTokenMixin(BaseMixin):
     def __init__(self, multiply: Callable[..., Tensor] | None = None) -> None:
         super().__init__()
         self.how = {} if multiply is None else {"multiply": multiply}
+        self.num_users, self.modes, self.added = 0, dict[torch.nn.Module, bool](), list[str]()  # see `prepared`
 
     @non_conflict
     def final_forward(self, logits: Tensor, *, old_impl: Callable[..., Any], num_logits: int = 1, **kw: Any) -> Any:  # noqa: ANN401
@@ -93,29 +97,40 @@ def kept_dtype(model: torch.nn.Module) -> torch.dtype | None:
 def prepared(model: BaseModel | EncoderDecoderModel, packed: PackedWeights | None = None) -> Iterator[None]:
     """Put a model in eval mode with a cache, and leave it afterwards as it was, whatever happens.
 
+    Where several generations run over one model in turns, the first prepares it and the last leaves it as it was.
+
     Args:
         model: the model.
         packed: serves its linears, if there is one.
     """
     writer = writer_of(model)
-    modes = {module: module.training for module in model.modules()}
-    needs_cache = not any(isinstance(mixin, StaticCacheMixin) for mixin in writer.mixins.values())
-    own: dict[str, BaseMixin] = {"generation-last-token": LastTokenMixin(None if packed is None else packed.multiply)}
-    if needs_cache:
-        own["generation-cache"] = StaticCacheMixin()
-    added = []
+    found: Any = writer.mixins[_LAST_TOKEN] if _LAST_TOKEN in writer.mixins else None
+    last = found if found is not None else LastTokenMixin(None if packed is None else packed.multiply)
+    for module in model.modules():
+        last.modes.setdefault(module, module.training)
+    last.num_users += 1
     try:
-        for name, mixin in own.items():
-            writer.add_mixin(name, mixin.eval())
-            added.append(name)
+        if last.num_users == 1:
+            _add_mixins(writer, last)
         model.eval()
         with nullcontext() if packed is None else packed.serve(writer):
             yield
     finally:
-        for name in added:
-            writer.del_mixin(name)
-        for module, mode in modes.items():
-            module.training = mode
+        last.num_users -= 1
+        if last.num_users == 0:
+            for name in last.added:
+                writer.del_mixin(name)
+            for module, mode in last.modes.items():
+                module.training = mode
+
+
+def _add_mixins(writer: BaseModel, last: LastTokenMixin) -> None:
+    own: dict[str, BaseMixin] = {_LAST_TOKEN: last}
+    if not any(isinstance(mixin, StaticCacheMixin) for mixin in writer.mixins.values()):
+        own["generation-cache"] = StaticCacheMixin()
+    for name, mixin in own.items():
+        writer.add_mixin(name, mixin.eval())
+        last.added.append(name)
 
 
 def _forward(call: Any, ids: Tensor, places: Tensor | None, mask: Any, cache: KeyValueCache, kw: Any) -> Tensor:  # noqa: ANN401

@@ -95,6 +95,13 @@ class Slots:
         """Count tokens and slots."""
         return len(self.ids)
 
+    @property
+    def num_rows(self) -> int:
+        """Rows that the layout tells apart; 1 if it is the same for all."""
+        scores = [x for x in (self.attention_mask, self.log_attention_weights) if isinstance(x, Tensor) and x.dim() > 3]
+        places = [x for x in (self.prompt, self.position_ids) if isinstance(x, Tensor) and x.dim() > 1]
+        return max(x.shape[0] for x in (*scores, *places))
+
     def part(self, first: int, start: int, stop: int) -> dict[str, Any]:
         """Return the keywords of a call.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 from tqdm import tqdm
@@ -86,7 +87,6 @@ def _write_terminal(options: argparse.Namespace) -> None:
     strategy, settings = make_strategy(options, source), make_generation_options(options, source)
     for index, prompt in enumerate(options.prompt):
         ids = _read_ids(Record(index, prompt), source, settings, options.truncate)
-        say("" if index == 0 else "\n")
         texts: Iterator[str]
         if options.num_beams > 1:
             (found,) = generate(
@@ -95,11 +95,11 @@ def _write_terminal(options: argparse.Namespace) -> None:
             best = [found, *found.alternatives][: options.n_best]
             texts = iter([("" if options.only_new else prompt) + str(each.text) + "\n" for each in best])
         else:
-            say("" if options.only_new else prompt)
             parts = stream(
                 source.model, [ids], strategy=strategy, tokenizer=source.tokenizer, options=settings, row_ids=[index]
             )
-            texts = (part.text for part in parts)
+            texts = chain([] if options.only_new else [prompt], (part.text for part in parts))
+        say("" if index == 0 else "\n")
         for text in texts:
             say(text)
         say("" if options.num_beams > 1 else "\n")
@@ -152,6 +152,11 @@ def _read_ids(record: Record, source: Source, settings: GenerationOptions, trunc
         ids = list(prompt)
     if not begin and not ids:
         begin = [int(source.tokenizer.end_of_document_id)]
+    if outside := [token for token in (*begin, *ids) if not 0 <= token < source.model.config.vocab_size]:
+        raise DataError(
+            f"prompt {record.index + 1} holds the id {outside[0]}; the model has {source.model.config.vocab_size} "
+            "words, from 0 on. Is the tokenizer the model's own?"
+        )
     longest = longest_of(source.model.encoder if is_pair else writer_of(source.model))
     if longest is None:
         return [*begin, *ids]

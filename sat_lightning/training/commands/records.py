@@ -49,7 +49,7 @@ def read_records(path: str | os.PathLike[str], name: str = "prompt") -> list[Rec
         DataError: the file or a line cannot be read.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--input {path} cannot be read: {error}.") from error
     found = [_read_line(line, index, str(path), name) for index, line in enumerate(lines) if line.strip()]
@@ -73,9 +73,11 @@ def _read_line(line: str, index: int, path: str, name: str) -> Record:
     ids = value.get("input_ids") if isinstance(value, dict) else None
     if isinstance(ids, list) and all(isinstance(token, int) for token in ids):
         return Record(index, tuple(ids), value)
-    known = (
-        f"only {', '.join(map(repr, value)) or 'nothing'}" if isinstance(value, dict) else f"a {type(value).__name__}"
-    )
+    known = f"a {type(value).__name__}"
+    if isinstance(value, dict):
+        known = f"only {', '.join(map(repr, value)) or 'nothing'}"
+        wrong = [f"'{key}' is of type {type(value[key]).__name__}" for key in (name, "input_ids") if key in value]
+        known = wrong[0] if wrong else known
     raise DataError(f"{where} holds no text as '{name}' and no input_ids, {known}. Name the entry: --field NAME.")
 
 

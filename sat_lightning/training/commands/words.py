@@ -134,11 +134,13 @@ def read_token(word: str, option: str, source: Source) -> int:
         source: turns text into ids.
 
     Raises:
-        UsageError: it is no single token.
+        UsageError: it is no single token, or one that the model does not have.
     """
     ids = [int(word)] if word.isdecimal() else [int(token) for token in source.tokenizer.encode(word)]
     if len(ids) != 1:
         raise UsageError(f"{option} is {len(ids)} tokens. Give one token, or its id; a text ends at --stop TEXT.")
+    if ids[0] >= source.model.config.vocab_size:
+        raise UsageError(f"{option} is outside the vocabulary of {source.model.config.vocab_size}, ids from 0 on.")
     return ids[0]
 
 
