@@ -37,6 +37,7 @@ bench: $(DEV) ## Time one training step against its peers; for example ARGS="--d
 
 matrix: $(DEV) ## Run the tests and rewrite the README's tables from their results
 	OMP_NUM_THREADS=1 $(IN_VENV) -m tests.family_table
+	OMP_NUM_THREADS=1 $(IN_VENV) -m tests.method_table
 	OMP_NUM_THREADS=1 $(IN_VENV) -m pytest -n $(JOBS) -q --junitxml=.pytest_cache/results.xml || true
 	$(IN_VENV) -m tests.support_matrix .pytest_cache/results.xml
 

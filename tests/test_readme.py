@@ -6,8 +6,10 @@ later blocks and commands can use it, as a reader would.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
+import io
 import os
 import re
 import shlex
@@ -115,6 +117,7 @@ def test_make_targets_exist(blocks: list[Block]) -> None:
     assert set(named) <= targets
 
 
+@pytest.mark.timeout(900)  # a process for each command
 def test_commands_are_accepted(blocks: list[Block], reader_folder: Path) -> None:
     """Each training command is parsed whole by the real command line: its files, keys, classes and values stand."""
     commands = [arguments for command in read_commands(blocks) if (arguments := verb_arguments(command)) is not None]
@@ -128,6 +131,19 @@ def test_commands_are_accepted(blocks: list[Block], reader_folder: Path) -> None
             done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600)
             assert done.returncode == 0, f"{shlex.join(arguments)}\n{done.stderr}"
             assert "trainer" in yaml.safe_load(done.stdout)
+
+
+def test_commands_of_other_verbs_have_the_options_they_name(blocks: list[Block]) -> None:
+    commands = [arguments for command in read_commands(blocks) if (arguments := verb_arguments(command)) is not None]
+    shown = {}
+    for verb, *words in commands:
+        if verb in ("generate", "chat", "merge", "convert", "doctor"):
+            if verb not in shown:
+                with pytest.raises(SystemExit, match="0"), contextlib.redirect_stdout(io.StringIO()) as text:
+                    main([verb, "--help"])
+                shown[verb] = set(re.findall(r"--[\w-]+", text.getvalue()))
+            assert {word for word in words if word.startswith("--")} <= shown[verb]
+    assert {"generate", "chat", "merge"} <= shown.keys()
 
 
 def test_conversions_run(blocks: list[Block], reader_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
