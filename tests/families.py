@@ -26,6 +26,12 @@ def ids(batch: int = 2, length: int = 9, low: int = 5, high: int = 60, seed: int
     return torch.randint(low, high, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+def embed(model: Any, input_ids: Tensor, **kw: Any) -> Tensor:
+    """Return what the first layer of a model without position ids receives."""
+    words = model.hooks.word_embedding_forward(input_ids, output_cross_layer={}, **kw)
+    return model.transformer.add_positions(words, None, {}, model.hooks, **kw)
+
+
 @dataclass(frozen=True)
 class Family:
     """A row of the table."""

@@ -156,11 +156,22 @@ def test_later_words_and_later_configs_win(folder: Path, capsys: pytest.CaptureF
 
 
 def test_printed_config_reads_back_as_itself(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--model.optimizer", "SGD", "--model.optimizer.lr", "0.1", "--model.frozen", "[embeddings]"]
+    words = ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1", "--model.frozen", "[embeddings]"]
     config = printed_config(capsys, *words, "--trainer.callbacks", "CurvePlotter")
     assert config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.1
     (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
     assert printed_config(capsys) == config
+
+
+def test_a_class_name_that_two_libraries_have_is_refused_with_both(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    twin = type("Rprop", (torch.optim.Rprop,), {"__module__": __name__})
+    with pytest.raises(SystemExit, match="2"):
+        fit("--model.optimizer", "Rprop", "--print_config")
+    error = capsys.readouterr().err
+    assert "model.optimizer: Multiple subclasses with name Rprop. Give the full class path" in error
+    assert "torch.optim.Rprop" in error and f"{twin.__module__}.Rprop" in error
 
 
 def test_waiting_threads_give_way_unless_the_user_says_otherwise(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from sat_lightning import AutoModel
 from sat_lightning.errors import CheckpointError, ConfigError, InputError
 from sat_lightning.models import EVA2Model
-from tests.families import FAMILIES
+from tests.families import FAMILIES, embed
 from tests.golden_cases import Case
 
 CALL = FAMILIES["eva2"].inputs(0)
@@ -87,7 +87,7 @@ def test_refusals_name_the_cure(eva2):
 def test_branches_are_normalised_before_they_are_added():
     model = FAMILIES["eva2clip"].build(num_layers=1).eval()
     layer = model.transformer.layers[0]
-    expected = model.transformer.embed(torch.zeros(2, 1, dtype=torch.long), None, {}, model.hooks, image=IMAGE)
+    expected = embed(model, torch.zeros(2, 1, dtype=torch.long), image=IMAGE)
     for norm in (layer.input_layernorm, layer.post_attention_layernorm):
         norm.weight.zero_()
         expected = expected + norm.bias
@@ -96,6 +96,6 @@ def test_branches_are_normalised_before_they_are_added():
 
 def test_a_whole_branch_is_dropped_while_training():
     model = FAMILIES["eva2clip"].build(num_layers=1, drop_path=0.999).train()
-    embedded = model.transformer.embed(torch.zeros(2, 1, dtype=torch.long), None, {}, model.hooks, image=IMAGE)
+    embedded = embed(model, torch.zeros(2, 1, dtype=torch.long), image=IMAGE)
     assert_close(model(image=IMAGE)[0], embedded[:, 1:])
     assert not torch.allclose(model.eval()(image=IMAGE)[0], embedded[:, 1:], atol=1e-3)

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from sat_lightning import AutoModel
 from sat_lightning.checkpoint.sat import save_sat
 from sat_lightning.errors import InputError
-from tests.families import FAMILIES
+from tests.families import FAMILIES, embed
 
 FAMILY = FAMILIES["glm4v"]
 CALL = FAMILY.inputs(0)
@@ -23,10 +23,6 @@ def model():
 def no_gradients():
     with torch.no_grad():
         yield
-
-
-def embed(model, input_ids, **kw):
-    return model.transformer.embed(input_ids, None, {}, model.hooks, **kw)
 
 
 def test_features_stand_where_the_mask_says_in_order(model):

@@ -46,6 +46,8 @@ def explain_refusal(text: str, options: Iterable[str] = ()) -> str:
     if found := re.search(r"typing\.Literal\[([^\]]+)\]\. Got value: (\S+)", text):
         choices = re.findall(r"'([^']+)'", found[1])
         return f"{where}unknown value '{found[2]}', known are {', '.join(choices)}.{nearest(found[2], choices)}"
+    if reason := _first(r"(Multiple subclasses with name .+)", text):
+        return f"{where}{reason}"
     reasons = [line.strip(" -") for line in text.splitlines() if line.strip() and not _is_boilerplate(line)]
     return where + re.sub(r'^Parser key "[^"]+": ', "", reasons[0] if reasons else " ".join(text.split()))
 
