@@ -159,9 +159,7 @@ class _Job:
     def packed(self) -> PackedWeights | None:
         """Return room for copies of the weights, if they are worth it."""
         num_rows = min(len(self.rows), self.options.batch_size or len(self.rows))
-        is_wanted = not self.options.compile and is_worthwhile(
-            self.model, self.max_new_tokens, self.options.pack_weights
-        )
+        is_wanted = is_worthwhile(self.model, self.max_new_tokens, self.options.pack_weights)
         return PackedWeights(num_rows) if is_wanted and num_rows else None
 
     def batches(self) -> Iterator[list[int]]:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +20,27 @@ from torch import Tensor, nn
 MAX_BYTES, MIN_TOKENS = 2 << 30, 32
 #: A vector times a matrix of at most so many numbers is done by one thread.
 _MAX_SINGLE = 1 << 21
+
+
+#: Those whose copies serve at the moment, the newest last.
+_SERVING: Final[list[PackedWeights]] = []
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return `F.linear(x, weight, bias)` by the copy that serves; to a compiler it is one operator."""
+    if torch.compiler.is_compiling():
+        return torch.ops.sat_lightning.multiply_packed(x, weight, bias)
+    return _multiply(x, weight, bias)
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _SERVING[-1].multiply(x, weight, bias) if _SERVING else F.linear(x, weight, bias)
+
+
+_LIBRARY = torch.library.Library("sat_lightning", "FRAGMENT")
+_LIBRARY.define("multiply_packed(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_LIBRARY.impl("multiply_packed", _multiply, "CPU")
+_LIBRARY._register_fake("multiply_packed", F.linear)
 
 
 class PackedWeights:
@@ -33,6 +53,7 @@ class PackedWeights:
     def __init__(self, num_rows: int) -> None:
         self.num_rows = num_rows
         self._copies: dict[int, Tensor] = {}
+        self._weights: list[Tensor] = []  # kept alive, so that each has its id for itself
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return `F.linear(x, weight, bias)`."""
@@ -41,6 +62,7 @@ class PackedWeights:
         copy = self._copies.get(id(weight))
         if copy is None:
             copy = self._copies[id(weight)] = self._copy(weight.detach())
+            self._weights.append(weight)
         if copy.layout is torch.strided:
             return F.linear(x, copy, bias)
         return torch.ops.mkldnn._linear_pointwise(x, copy, bias, "none", [], "")
@@ -48,17 +70,16 @@ class PackedWeights:
     @contextmanager
     def serve(self, model: nn.Module) -> Iterator[None]:
         """Let every plain linear of a model multiply by its copy."""
-        linears = [m for m in model.modules() if isinstance(m, nn.Linear) and _is_plain(m)]
-        for linear in linears:
-            linear.forward = partial(self._apply, linear)  # type: ignore[method-assign]
+        kinds = {m: type(m) for m in model.modules() if isinstance(m, nn.Linear) and _is_plain(m)}
+        for linear in kinds:
+            linear.__class__ = _PackedLinear  # a compiler knows it again, as it would no function made here
+        _SERVING.append(self)
         try:
             yield
         finally:
-            for linear in linears:
-                del linear.forward
-
-    def _apply(self, linear: nn.Linear, x: Tensor) -> Tensor:
-        return self.multiply(x, linear.weight, linear.bias)
+            _SERVING.remove(self)
+            for linear, kind in kinds.items():
+                linear.__class__ = kind
 
     def _copy(self, weight: Tensor) -> Tensor:
         """Return the weight in the layout that measures fastest for its shape; it may be its own."""
@@ -68,6 +89,11 @@ class PackedWeights:
             # A vector times a tall matrix runs down its columns; a large one is shared out among threads as it lies.
             return weight if num_outputs < 2 * num_inputs or is_shared_out else weight.t().contiguous().t()
         return torch.ops.mkldnn._reorder_linear_weight(weight, self.num_rows)
+
+
+class _PackedLinear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return multiply(input, self.weight, self.bias)
 
 
 def is_worthwhile(model: nn.Module, num_tokens: int, wish: bool | None) -> bool:
