@@ -172,20 +172,20 @@ def test_the_verb_merges_adapters(kind, tmp_path, capsys):
     assert "has nothing to merge" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("saves_base", [True, False])
-def test_the_verb_merges_a_run(saves_base, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("base", ["saved", "init_from", "seed"])
+def test_the_verb_merges_a_run(base, tmp_path, monkeypatch, capsys):
+    """Its base is in the checkpoint, or is what the run began with: weights, or random ones."""
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text("To be, or not to be, that is the question.\n" * 60)
     recipe = RECIPE
-    if not saves_base:
-        FAMILIES["gpt2"]  # any base of the sizes of the recipe will do
+    if base != "saved":
         from sat_lightning import TransformerConfig
         from sat_lightning.models import GPT2Model
 
         sizes = {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 257}
         GPT2Model(TransformerConfig(**sizes, max_sequence_length=48)).save_pretrained("base")
         recipe = RECIPE.replace("max_steps: 3", "max_steps: 3\n  callbacks: [{class_path: TrainableOnly}]")
-        recipe += "init_from: base\n"
+        recipe += "init_from: base\n" if base == "init_from" else "seed_everything: 7\n"
     Path("tiny.yaml").write_text(recipe)
     main(["fit", "--config", "tiny.yaml"])
     folder = "runs/tiny/version_0"

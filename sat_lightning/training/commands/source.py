@@ -150,10 +150,14 @@ def _load_checkpoint(path: Path, run: Path | None, base: str | None = None) -> A
     content = AtomicCheckpointIO().load_checkpoint(path)
     if "state_dict" not in content:
         raise CheckpointError(f"{path} holds no 'state_dict': it is no checkpoint of a training run.")
-    module = _build(run) if run is not None else _rebuild(path)
-    module.configure_model()
+    settings = {} if run is None else _read_config(run)
+    with torch.random.fork_rng(devices=[]):  # what began at random, and was not saved, begins so again
+        if isinstance(settings.get("seed_everything"), int):
+            torch.manual_seed(settings["seed_everything"])
+        module = _build(run) if run is not None else _rebuild(path)
+        module.configure_model()
     is_partial = FROZEN_BASE_KEY in content
-    base = base or (_read_config(run).get("init_from") if run is not None else None)
+    base = base or settings.get("init_from")
     if is_partial and base:
         init_from(module, base)  # the run brought its base along, and so do we; its hash is compared
     saved, own = content["state_dict"].keys(), module.state_dict().keys()
