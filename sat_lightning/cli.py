@@ -42,6 +42,9 @@ HELP = """usage: {program} VERB [options]
   {program} fit --config ... --print_config                      show the whole configuration
   {program} fit --resume runs/gpt2_quickstart/version_0          go on after a stop, in the same folder
   {program} fit --resume ... --reset optimizer,scheduler         all but optimizer, scheduler, data or step
+  {program} generate --ckpt runs/tiny/version_0 --prompt Hi      go on from a prompt, shown as it comes
+  {program} generate ... --input in.jsonl --output out.jsonl     answer a file; after a kill, go on with it
+  {program} chat --ckpt chatglm3-6b                              talk with a model that has a chat template
   {program} VERB --help                                          all options of a verb
   {program} --version
 """

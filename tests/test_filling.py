@@ -354,6 +354,7 @@ class SatSubclass(BaseStrategy):
 
     def forward(self, logits, tokens, mems):
         likeliest = logits.argmax(-1, keepdim=True)
+        assert self.topk == self.top_k
         return super().forward(logits.scatter(1, likeliest, -1e4), tokens, mems, temperature=0.5)
 
     def finalize(self, tokens, mems):

@@ -174,6 +174,7 @@ def test_prompts_are_anything_of_ids():
     kinds = (np.array, torch.tensor, partial(torch.tensor, dtype=torch.int32), tuple)
     for prompts in (*([kind(row) for row in rows] for kind in kinds), iter(rows), padded, padded.numpy()):
         assert [r.tokens for r in generate(model, prompts, max_new_tokens=3)] == expected
+    assert generate(model, rows, max_new_tokens=np.int64(3), seed=np.int64(3))[0].tokens == expected[0]
     end = expected[0][0]
     for ends in (end, [end], torch.tensor([end])):
         assert generate(model, rows, max_new_tokens=3, end_tokens=ends)[0].finish == "end"

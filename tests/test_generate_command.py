@@ -115,6 +115,21 @@ def test_beams_give_the_best_and_those_behind(runs: Path, folder: Path, capsys: 
     assert out == f"To be{line['generated']}\nTo be{line['alternatives'][0]['generated']}\n"
 
 
+def test_a_draft_changes_no_text(runs: Path, folder: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ["--ckpt", runs, "--temperature", 0, "--max-new-tokens", 8]
+    run(*words, "--input", "prompts.jsonl", "--output", "plain.jsonl")
+    run(*words, "--input", "prompts.jsonl", "--output", "out.jsonl", "--draft", runs, "--num-drafts", 3)
+    assert lines() == lines("plain.jsonl") and len(lines()) == len(PROMPTS)
+    assert str(runs / "model") in Path("out.jsonl.settings.json").read_text()
+    capsys.readouterr()
+    run(*words, "--prompt", "To be", "--prompt", "x", "--draft", runs)
+    whole = capsys.readouterr().out
+    run(*words, "--prompt", "To be", "--prompt", "x")
+    assert capsys.readouterr().out == whole
+    capsys.readouterr()
+    assert fails(capsys, *words[:2], "--prompt", "x", "--draft", runs, "--num-beams", 2) == (1, "needs a BaseStrategy")
+
+
 def test_what_ends_a_text(runs: Path, folder: Path) -> None:
     base = ["--ckpt", runs, "--prompt", "To be", "--temperature", 0, "--max-new-tokens", 8, "--overwrite"]
     run(*base, "--ignore-end", "--output", "out.jsonl")
@@ -234,11 +249,13 @@ REFUSED = {
     "device": (["--prompt", "x", "--device", "nowhere"], 2, "--device nowhere:"),
     "word": (["--prompt", "x", "--temprature", "1"], 2, "unrecognized arguments: --temprature 1"),
     "ends": (["--prompt", "x", "--ignore-end", "--end-token", "5"], 2, "contradict each other"),
+    "compile": (["--prompt", "x", "--draft", "x", "--compile"], 2, "--compile compiles the step of one token"),
+    "drafts": (["--prompt", "x", "--num-drafts", "2"], 2, "--num-drafts says how much a draft proposes"),
     "batch": (["--prompt", "x", "--batch-size", "0"], 2, "--batch-size is 0"),
 }
 MESSAGES = [message for _, _, message in REFUSED.values()] + [
     "temperature (was 1.0, is 0.5)", "out.jsonl:1 belongs to another input", "notes.jsonl exists, and is no output",
-    "There is no tokenizer", "no such folder", "written by another process",
+    "There is no tokenizer", "needs a BaseStrategy", "no such folder", "written by another process",
 ]  # fmt: skip
 
 

@@ -103,6 +103,15 @@ def test_nan_logits_name_the_step_and_the_row():
         run(greedy(), model, [[1], [1, 2, 3]], 5)
 
 
+def test_of_several_failures_the_first_is_named():
+    state = DecodingState.create(torch.tensor([[1], [2]]), 4)
+    for best in ([0.0, 0.0], [0.0, torch.nan], [torch.nan, torch.nan]):
+        state.note_best(torch.tensor(best))
+        state.length += 1
+    with pytest.raises(InputError, match="step 1, row 1: the logits are NaN or infinite"):
+        state.all_done()
+
+
 def test_nothing_allowed_is_an_error_and_not_a_token():
     strategy = greedy(invalid_slices=[slice(None)])
     with pytest.raises(InputError, match="step 0, row 0: no token is allowed"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -66,7 +67,7 @@ class GenerationOptions:
         """Check every value."""
         for name, least in (*((name, 1) for name in _COUNTS), ("seed", 0)):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
+            if value is not None and (not isinstance(value, Integral) or value < least):
                 raise ConfigError(f"{name} is {value!r}, it must be a whole number of at least {least}.")
         if isinstance(self.cache_dtype, str) and self.cache_dtype not in CACHE_DTYPES:
             raise ConfigError(

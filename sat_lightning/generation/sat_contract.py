@@ -23,6 +23,17 @@ class SatContract:
     prompt was, and whether a single row has ended.
     """
 
+    top_k: int
+
+    @property
+    def topk(self) -> int:
+        """What SAT's strategies call `top_k`."""
+        return self.top_k
+
+    @topk.setter
+    def topk(self, value: int) -> None:
+        self.top_k = value
+
     @property
     def is_done(self) -> bool:
         """Whether the one row there is has ended; of several rows, SAT ends none."""

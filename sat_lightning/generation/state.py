@@ -175,7 +175,7 @@ class DecodingState:
 
     def _raise_failure(self) -> None:
         codes = self.failed_at.tolist()
-        index = next(index for index, code in enumerate(codes) if code >= 0)
+        index = min((index for index, code in enumerate(codes) if code >= 0), key=codes.__getitem__)  # the earliest
         row = self.row_ids[index] if self.row_ids else index  # which of all prompts, whatever batch it is in
         step, nothing_allowed = divmod(codes[index], 2)
         if nothing_allowed:

@@ -4,25 +4,27 @@ A prompt alone is continued on the terminal as it is written. With --output the 
 length; a run that was killed goes on where it stopped when the same command is given again, and no prompt is answered
 twice. Lines stand in the order in which they were finished until all are there, then in that of the input. Each holds
 all that the input's line did, and: index (the input's line, from 0 on), generated (text), finish ("end", "stop" or
-"length"), num_tokens, and for beams score and alternatives.
+"length"), num_tokens, and for beams score and alternatives. With --draft a smaller model proposes tokens: texts of the
+same distribution (with --temperature 0 the same texts) in fewer steps of the large one.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
 from tqdm import tqdm
 
 from sat_lightning.errors import DataError, InputError, UsageError
-from sat_lightning.generation import Generation, GenerationOptions, generate, stream
+from sat_lightning.generation import Generation, GenerationOptions, generate, generate_speculatively, stream
 from sat_lightning.generation.runner import longest_of, writer_of
 from sat_lightning.model import EncoderDecoderModel
 from sat_lightning.training.commands.records import Output, Record, only_writer, read_records
-from sat_lightning.training.commands.source import Source, describe_path, find_weights, load_source
+from sat_lightning.training.commands.source import Source, describe_path, find_weights, load_model, load_source
 from sat_lightning.training.commands.words import (
     Parser,
     make_generation_options,
@@ -55,6 +57,10 @@ def run_generate(verb: str, words: list[str]) -> None:
         raise UsageError("give either --prompt TEXT, which may be given again, or --input FILE.jsonl.")
     if options.input and not options.output:
         raise UsageError(f"--input {options.input} needs --output FILE.jsonl.")
+    if options.draft and options.compile:
+        raise UsageError("--compile compiles the step of one token, and with --draft several are read at once.")
+    if options.num_drafts is not None and not options.draft:
+        raise UsageError("--num-drafts says how much a draft proposes: give --draft PATH too.")
     if options.batch_size < 1:
         raise UsageError(f"--batch-size is {options.batch_size}; it is at least 1.")
     try:
@@ -76,6 +82,8 @@ def _make_parser(verb: str) -> Parser:
     add("--output", metavar="FILE", help="where lines are added; not finished, it is gone on with")
     add("--overwrite", action="store_true", help="begin the output anew")
     add("--begin-token", action="append", metavar="TOKEN", help="id or text of a token before every prompt; may be given again; default: what a model folder's tokenizer puts there")  # fmt: skip # noqa: E501
+    add("--draft", metavar="PATH", help="a smaller model of the same tokenizer, which proposes tokens: fewer steps of the large one; texts are shown whole")  # fmt: skip # noqa: E501
+    add("--num-drafts", type=int, metavar="N", help="tokens the draft proposes at once; default: 4")
     add("--batch-size", type=int, default=8, metavar="N", help="prompts at once; default: 8")
     add("--truncate", action="store_true", help="leave out the beginning of prompts that are too long")
     add("--only-new", action="store_true", help="on the terminal, leave out the prompts")
@@ -85,13 +93,13 @@ def _make_parser(verb: str) -> Parser:
 def _write_terminal(options: argparse.Namespace) -> None:
     source = _load(options)
     strategy, settings = make_strategy(options, source), make_generation_options(options, source)
+    write = _make_writer(options, source)
     for index, prompt in enumerate(options.prompt):
         ids = _read_ids(Record(index, prompt), source, settings, options.truncate)
         texts: Iterator[str]
-        if options.num_beams > 1:
-            (found,) = generate(
-                source.model, [ids], strategy=strategy, tokenizer=source.tokenizer, options=settings, row_ids=[index]
-            )
+        is_whole = options.num_beams > 1 or options.draft
+        if is_whole:
+            (found,) = write([ids], strategy=strategy, tokenizer=source.tokenizer, options=settings, row_ids=[index])
             best = [found, *found.alternatives][: options.n_best]
             texts = iter([("" if options.only_new else prompt) + str(each.text) + "\n" for each in best])
         else:
@@ -102,7 +110,7 @@ def _write_terminal(options: argparse.Namespace) -> None:
         say("" if index == 0 else "\n")
         for text in texts:
             say(text)
-        say("" if options.num_beams > 1 else "\n")
+        say("" if is_whole else "\n")
 
 
 def _write_file(options: argparse.Namespace) -> None:
@@ -113,18 +121,30 @@ def _write_file(options: argparse.Namespace) -> None:
     options.seed = output.settings["seed"]
     source = _load(options)
     strategy, settings = make_strategy(options, source), make_generation_options(options, source)
+    write = _make_writer(options, source)
     output.begin({**output.settings, "seed": options.seed}, records)
     todo = [record for record in records if record.index not in output.done]
     with tqdm(total=len(records), initial=len(output.done), unit="prompt", disable=None, file=sys.stderr) as progress:
         for batch in _batches(todo, source, settings, options):
-            found = generate(
-                source.model, [ids for _, ids in batch], strategy=strategy, tokenizer=source.tokenizer,
+            found = write(
+                [ids for _, ids in batch], strategy=strategy, tokenizer=source.tokenizer,
                 options=settings, row_ids=[record.index for record, _ in batch],
             )  # fmt: skip
             output.append(_line(record, one, options.n_best) for (record, _), one in zip(batch, found, strict=True))
             progress.update(len(batch))
     output.sort()
     sys.stderr.write(f"{options.output}: {len(todo)} written, {len(records) - len(todo)} were there.\n")
+
+
+def _make_writer(options: argparse.Namespace, source: Source) -> Callable[..., list[Generation]]:
+    """Return `generate` of the model, or with a draft its speculative form."""
+    if not options.draft:
+        return partial(generate, source.model)
+    weight = next(source.model.parameters())
+    draft = load_model(options.draft).to(weight.device, weight.dtype).eval()
+    return partial(
+        generate_speculatively, source.model, draft, num_drafts=4 if options.num_drafts is None else options.num_drafts
+    )
 
 
 def _batches(
@@ -186,6 +206,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return what decides about the text, as plain values."""
     values = {name: value for name, value in vars(options).items() if name not in _NOT_SETTINGS}
     paths = {"ckpt": find_weights(values["ckpt"])[0], "input": values["input"]}
+    paths |= {"draft": find_weights(values["draft"])[0]} if values["draft"] else {}
     return values | {name: describe_path(path) for name, path in paths.items() if path}
 
 
