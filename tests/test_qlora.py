@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sat_lightning.errors import ConfigError, HookError
+from sat_lightning import AutoModel
+from sat_lightning.checkpoint import save_huggingface, save_sat
+from sat_lightning.errors import CheckpointError, ConfigError, HookError
 from sat_lightning.mixins import DoraMixin, IA3Mixin, LoraMixin
-from sat_lightning.mixins.quantized import dense_weight, is_quantized, quantize_base
+from sat_lightning.mixins.quantized import dense_weight, dequantize_base, is_quantized, quantize_base
 from tests.test_lora import gpt2, randomise, run
 
 
@@ -70,3 +72,23 @@ def test_a_base_under_adapters_is_not_quantised():
         quantize_base(model)
     with pytest.raises(ConfigError, match="matches no linear"):
         quantize_base(model, target="nothing_like_this")
+
+
+def test_a_folder_is_refused_and_dense_again_it_is_written(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model = gpt2()
+    names = quantize_base(model)
+    model.add_mixin("lora", LoraMixin(model.config, rank=2))
+    randomise(model.get_mixin("lora"))
+    expected = run("gpt2", model)
+    for save in (lambda: model.save_pretrained(tmp_path / "new"), lambda: save_sat(model, tmp_path / "new"),
+                 lambda: save_huggingface(model, tmp_path / "new")):  # fmt: skip
+        with pytest.raises(CheckpointError, match=r"in 4 bits, which .*save_adapter, or .*dequantize_base\(model\)"):
+            save()
+    assert not (tmp_path / "new").exists()
+    assert len(dequantize_base(model)) == len(names) and dequantize_base(model) == []
+    assert_close(run("gpt2", model), expected, atol=1e-5, rtol=1e-5)
+    model.save_pretrained(tmp_path)
+    assert_close(run("gpt2", AutoModel.from_pretrained(tmp_path).eval()), expected, atol=1e-5, rtol=1e-5)
+    model.get_mixin("lora").merge()
+    assert_close(run("gpt2", model), expected, atol=1e-5, rtol=1e-5)

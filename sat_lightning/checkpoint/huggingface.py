@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sat_lightning.checkpoint.files import MAX_SHARD_SIZE, found_beside, open_weights, write_json, write_weights
 from sat_lightning.checkpoint.keymap import plan_export
+from sat_lightning.checkpoint.native import refuse_quantized
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import CheckpointError, nearest
 from sat_lightning.model import registered_models
@@ -121,6 +122,7 @@ def save_huggingface(
     Raises:
         CheckpointError: if the family has no such map, or a tensor (an added mixin's, say) has no place in it.
     """
+    refuse_quantized(model)
     write_huggingface(model.state_dict(), model.config, type(model), Path(folder), model_type, max_shard_size)
 
 

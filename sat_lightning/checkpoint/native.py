@@ -14,8 +14,10 @@ import torch
 from sat_lightning.checkpoint.building import NoRandomFill
 from sat_lightning.checkpoint.files import MAX_SHARD_SIZE, write_json, write_weights
 from sat_lightning.checkpoint.migrate import FORMAT_VERSION
+from sat_lightning.checkpoint.report import some
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import CheckpointError
+from sat_lightning.mixins.quantized import is_quantized
 from sat_lightning.model import BaseMixin, ComposedModel
 from sat_lightning.model.composed import owner_of
 from sat_lightning.model.registry import AnyModel
@@ -39,11 +41,28 @@ def save_pretrained(model: AnyModel, folder: str | os.PathLike[str], *, max_shar
             their own settings, are recorded, and so are those of its class that were removed.
         folder: made where it is missing; files of these names in it are replaced.
         max_shard_size: bytes above which the weights are written in several files and an index.
+
+    Raises:
+        CheckpointError: if linears are in 4 bits.
     """
+    refuse_quantized(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(folder, model.state_dict().items(), max_shard_size)
     write_json(folder / CONFIG_NAME, describe(model))
+
+
+def refuse_quantized(model: AnyModel) -> None:
+    """Refuse to write a model whose linears are in 4 bits.
+
+    Raises:
+        CheckpointError: with the cure.
+    """
+    if names := [name for name, module in model.named_modules() if hasattr(module, "weight") and is_quantized(module)]:
+        raise CheckpointError(
+            f"{some(names)}: in 4 bits, which a model folder does not hold. Save what was trained by save_adapter, or "
+            "call sat_lightning.mixins.dequantize_base(model) first."
+        )
 
 
 def describe(model: AnyModel) -> dict[str, Any]:

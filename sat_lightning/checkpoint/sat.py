@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sat_lightning.checkpoint.files import found_beside, open_tensors, read_json, write_json, written_whole
-from sat_lightning.checkpoint.native import CONFIG_NAME, describe
+from sat_lightning.checkpoint.native import CONFIG_NAME, describe, refuse_quantized
 from sat_lightning.checkpoint.partition import MergedTensors, split_tensors
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import CheckpointError
@@ -125,6 +125,7 @@ def save_sat(
     """
     config = model.config.replace(model_parallel_size=model_parallel_size)
     values = describe(model) | {"model_parallel_size": model_parallel_size}
+    refuse_quantized(model)
     write_sat(model.state_dict(), config, values, Path(folder), step)
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from sat_lightning.mixins.prefix_tuning import PrefixTuningMixin, PTuningV2Mixin
     from sat_lightning.mixins.prompt_tuning import PromptTuningMixin
     from sat_lightning.mixins.qk_norm import QKNormMixin
-    from sat_lightning.mixins.quantized import quantize_base
+    from sat_lightning.mixins.quantized import dequantize_base, quantize_base
     from sat_lightning.mixins.relative_bias import RelativeBiasMixin
     from sat_lightning.mixins.rotary import RotaryMixin
     from sat_lightning.mixins.routing import TopKRoutingMixin
@@ -73,6 +73,7 @@ __all__ = [
     "TuningMixin",
     "WholeTableMixin",
     "combine_loras",
+    "dequantize_base",
     "quantize_base",
 ]
 
@@ -101,7 +102,7 @@ _LAZY = {
     "prefix_tuning": "PTuningV2Mixin PrefixTuningMixin",
     "prompt_tuning": "PromptTuningMixin",
     "qk_norm": "QKNormMixin",
-    "quantized": "quantize_base",
+    "quantized": "dequantize_base quantize_base",
     "relative_bias": "RelativeBiasMixin",
     "rotary": "RotaryMixin",
     "routing": "TopKRoutingMixin",

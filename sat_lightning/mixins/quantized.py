@@ -56,6 +56,27 @@ def quantize_base(
     return names
 
 
+def dequantize_base(model: BaseModel) -> list[str]:
+    """Make linears of 4 bits dense again, of what the 4 bits say, so that a folder or another library can hold them.
+
+    Args:
+        model: changed in place; adapters stay. Of a composed model, a part.
+
+    Returns:
+        The names of the linears.
+    """
+    names = []
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and is_quantized(module):
+            weight, bias = dense_weight(module), module.bias
+            dense = make_dense(module, weight)
+            dense.weight.data = weight.to(dense.weight.dtype)
+            dense.bias = bias
+            replace_linear(model, module, dense)
+            names.append(name)
+    return names
+
+
 def is_quantized(module: nn.Module) -> bool:
     """Tell whether a linear holds its weight in 4 bits."""
     return getattr(module.weight, "quant_state", None) is not None
