@@ -25,7 +25,7 @@ _PLACES = ("attention", "mlp")
 
 
 def _sat_form(num_layers: int, hidden_size: int, adapter_hidden: int) -> Arguments:
-    return (sizes(num_layers, hidden_size, layernorm_order="post"), adapter_hidden), {}
+    return (sizes(num_layers, hidden_size), adapter_hidden), {"runs_post": True}
 
 
 class AdapterMixin(TuningMixin):
@@ -34,19 +34,18 @@ class AdapterMixin(TuningMixin):
     x is that output itself (Houlsby et al. 2019, arXiv:1902.00751), or with `is_parallel` what attention or MLP read
     (He et al. 2021, arXiv:2110.04366). Either way it is added before the residual, and in sandwich order before the
     norm that closes the branch: whatever `layernorm_order` is, the layer stays as it is around it. ff2 and ff4 start at
-    0, so that a new adapter changes nothing. SAT's class ran its layers in post order whatever the model's was: weights
-    trained there need a model of `layernorm_order="post"`, and SAT's arguments are refused elsewhere.
+    0, so that a new adapter changes nothing.
 
     Args:
         config: gives the sizes.
         adapter_hidden: m.
         is_parallel: whether it reads the input of the branch instead of its output.
         places: `attention`, `mlp` or both; only the MLP's is Pfeiffer's form (arXiv:2005.00247).
-        runs_post: run the layers in post order, whatever `layernorm_order` is, as SAT did under its adapters. Loading
-            a checkpoint of SAT's sets it where the two differ, and says so in the report.
+        runs_post: run the layers in post order, whatever `layernorm_order` is, as SAT did under its adapters. SAT's
+            arguments set it, and so does loading a checkpoint of SAT's, whose report says so.
 
     Raises:
-        ConfigError: for a size below 1 or an unknown place; when added to a model, if it was built for another order.
+        ConfigError: for a size below 1 or an unknown place.
     """
 
     @accepts_sat_form(_sat_form)
@@ -65,7 +64,6 @@ class AdapterMixin(TuningMixin):
         for place in places:
             if place not in _PLACES:
                 raise ConfigError(f"places: '{place}' is none, there are {list(_PLACES)}.{nearest(place, _PLACES)}")
-        self.layernorm_order = config.layernorm_order
         self.is_parallel, self.places = is_parallel, tuple(places)
         sizes = config.hidden_size, adapter_hidden
         init, count = normal_init(config.init_method_std), config.num_layers
@@ -73,30 +71,25 @@ class AdapterMixin(TuningMixin):
             self.ff1, self.ff2 = bottlenecks(count, *sizes, init)
         if "mlp" in places:
             self.ff3, self.ff4 = bottlenecks(count, *sizes, init)
-        if runs_post:
-            self.run_post()
+        self.runs_post = runs_post
 
     def run_post(self) -> None:
         """Run the layers in post order from now on, and record it as a setting."""
         args, settings = self.init_arguments
         object.__setattr__(self, "init_arguments", (args, {**settings, "runs_post": True}))
-        # The seam is taken only where it is needed: a hook on it costs every layer of every model a little.
-        self.layer_forward = self._layer_forward
+        self.runs_post = True
         if self._owner is not None:
+            self.added_to(self._owner)
             self._owner._resolve()
+
+    def added_to(self, model: BaseModel) -> None:
+        """Take the seam of layers where it is needed only: a hook there costs every layer; see `BaseMixin.added_to`."""
+        if self.runs_post and model.config.layernorm_order != "post":
+            self.layer_forward = self._layer_forward
 
     @passes_mask
     def _layer_forward(self, hidden_states: Tensor, mask: Tensor, *, layer_id: int, **kw: Any) -> Tensor:
         return self.transformer.layers[layer_id].run_post(hidden_states, mask, layer_id=layer_id, **kw)
-
-    def added_to(self, model: BaseModel) -> None:
-        """Look whether the layers are of the order that it was built for; see `BaseMixin.added_to`."""
-        if self.layernorm_order != (order := model.config.layernorm_order):
-            raise ConfigError(
-                f"This AdapterMixin was built for {self.layernorm_order} order, as SAT's always is, and the model's "
-                f"layers are in {order} order. For weights trained in SAT build the model with "
-                f"layernorm_order='{self.layernorm_order}'; for new ones write AdapterMixin(model.config, ...)."
-            )
 
     @non_conflict
     @passes_mask
