@@ -57,7 +57,7 @@ class RelativeBiasMixin(BaseMixin):
         return old_impl(q, k, v, mask, dropout_fn, log_attention_weights=position_bias, **kw_args)
 
 
-class AdapterMixin(BaseMixin):
+class AdaptersMixin(BaseMixin):
     def __init__(self, num_layers, hidden_size, adapter_hidden):
         super().__init__()
         self.down = torch.nn.ModuleList([torch.nn.Linear(hidden_size, adapter_hidden) for _ in range(num_layers)])

@@ -70,6 +70,9 @@ def test_the_hook_decides_row_by_row(strategy):
 
 @pytest.mark.parametrize("strategy", [None, BaseStrategy(), BeamSearchStrategy(2)], ids=["greedy", "drawn", "beams"])
 def test_generate_takes_the_hook(strategy):
+    class Mine:
+        start = step = finalize = None
+
     model, prompts = FAMILIES["gpt2"].build().eval(), [[4, 5, 6], [7]]
 
     def only_next(prefix):
@@ -80,8 +83,8 @@ def test_generate_takes_the_hook(strategy):
         assert len(row) == 7 and all((b - a) % 20 in (1, 2) for a, b in itertools.pairwise(row))
     if strategy is not None:
         assert strategy.processors == ()
-    with pytest.raises(ConfigError, match="allowed_tokens needs a BaseStrategy or a BeamSearchStrategy, not a str"):
-        generate(model, prompts, strategy="greedy", allowed_tokens=only_next)
+    with pytest.raises(ConfigError, match="allowed_tokens needs a BaseStrategy or a BeamSearchStrategy, not a Mine"):
+        generate(model, prompts, strategy=Mine(), allowed_tokens=only_next)
 
 
 def test_what_the_hook_may_not_say():

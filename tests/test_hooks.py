@@ -375,7 +375,7 @@ def stacked(config: TransformerConfig) -> BaseModel:
     model = BaseModel(config)
     model.add_mixin("prefix", sat_style.PrefixMixin(config.num_layers, head_size, heads, 4))
     model.add_mixin("cache", sat_style.CacheMixin())
-    model.add_mixin("adapter", sat_style.AdapterMixin(config.num_layers, config.hidden_size, 8))
+    model.add_mixin("adapter", sat_style.AdaptersMixin(config.num_layers, config.hidden_size, 8))
     model.add_mixin("head", sat_style.HeadMixin(config.hidden_size, 16, 5))
     if config.num_experts > 1:
         model.add_mixin("router", sat_style.RouterMixin(config.num_layers, config.hidden_size, config.num_experts))
@@ -465,7 +465,7 @@ def test_two_models_over_one_backbone_get_their_solo_gradients():
     torch.manual_seed(0)
     config = TINY.replace(checkpoint_activations=True)
     first = BaseModel(config).train()
-    first.add_mixin("adapter", sat_style.AdapterMixin(3, 32, 4))
+    first.add_mixin("adapter", sat_style.AdaptersMixin(3, 32, 4))
     second = BaseModel(config, transformer=first.transformer).train()
     second.add_mixin("prefix", sat_style.PrefixMixin(3, 8, 4, 3))
 

@@ -377,7 +377,7 @@ def test_a_wrong_setting_is_refused_and_leaves_no_trace(message):
 def test_other_wrong_uses():
     model = gpt2()
     with pytest.raises(ConfigError, match=r"Write LoRAMixin\(model.config"):
-        LoRAMixin(32, r=3)
+        LoRAMixin("32", r=3)
     for make_mixin in (DoraMixin, IA3Mixin):
         with pytest.raises(ConfigError, match="is for linears"):
             model.add_mixin("x", make_mixin(model.config, target="word_embeddings"))

@@ -165,7 +165,8 @@ def test_trainer_steps_the_schedule_and_logs_both_groups(tmp_path) -> None:
 
 @pytest.mark.parametrize(("kind", "package"), [("adamw_8bit", "bitsandbytes"), ("adamw_offload", "torchao")])
 def test_library_that_is_not_installed_comes_with_its_install_line(monkeypatch, kind: str, package: str) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
+    for name in {package, *(name for name in sys.modules if name.startswith(f"{package}."))}:
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConfigError, match=f"kind {kind} needs {package}, which cannot .* Run: pip install {package}, "):
         make_trainer(1).fit(make_task(optim=OptimConfig(kind=kind)), counting_loader())
 
