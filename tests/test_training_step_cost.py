@@ -186,11 +186,13 @@ def test_after_a_bad_batch_no_more_is_read(tmp_path: Path) -> None:
 
 @pytest.fixture
 def alone() -> Iterator[Any]:
-    if torch.distributed.is_initialized():  # an earlier run in this process was of one rank
-        torch.distributed.destroy_process_group()
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    # An earlier run in this process leaves a group of one rank, which DeepSpeed goes on with: it stays.
+    is_first = not torch.distributed.is_initialized()
+    if is_first:
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield torch.distributed.group.WORLD
-    torch.distributed.destroy_process_group()
+    if is_first:
+        torch.distributed.destroy_process_group()
 
 
 def make_optimizer(group: Any, **changes: Any) -> Any:
