@@ -287,6 +287,9 @@ def test_without_a_tokenizer_or_a_run_it_says_so(runs: Path, folder: Path, capsy
     (folder / "deep" / "er" / "and").mkdir(parents=True)
     model = shutil.copytree(runs / "model", folder / "deep" / "er" / "and" / "model")
     assert fails(capsys, "--ckpt", model, "--prompt", "x") == (1, "There is no tokenizer")
+    with pytest.raises(SystemExit, match="1"):
+        main(["generate", "--ckpt", "runs/nothing", "--prompt", "x"])
+    assert "there is no such file or folder" in capsys.readouterr().err
     (checkpoint,) = (runs / "checkpoints").glob("*.ckpt")
     lone = shutil.copy(checkpoint, model.parent / "lone.ckpt")
     assert fails(capsys, "--ckpt", lone, "--prompt", "x") == (1, "There is no tokenizer")

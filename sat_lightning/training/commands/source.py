@@ -15,6 +15,7 @@ import yaml
 
 from sat_lightning.checkpoint import AutoModel
 from sat_lightning.checkpoint.hub import locate
+from sat_lightning.checkpoint.loading import find_format
 from sat_lightning.data import ByteTokenizer
 from sat_lightning.data.model_tokenizers import get_tokenizer
 from sat_lightning.data.tokenizer import Tokenizer
@@ -137,6 +138,8 @@ def find_weights(path: str) -> tuple[Path, Path | None]:
     if not is_checkpoint and (given / "checkpoints").is_dir():
         return find_resume_checkpoint(given), given
     where = given if is_checkpoint else locate(path)
+    if not where.exists():
+        find_format(where)  # says what lies near
     above = [where, *where.resolve().parents[:3]]
     return where, next((folder for folder in above if (folder / CONFIG_NAME).is_file()), None)
 
