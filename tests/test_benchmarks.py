@@ -85,7 +85,7 @@ def test_decode():
     """The script itself refuses contestants that write different texts."""
     text = run("decode.py", "--rounds", "1", "--batch-sizes", "2", "--peers", "ours", "hf")
     table = rows(text)
-    assert list(table) == ["sat_lightning", "transformers, dynamic cache", "one Linear over all weights"]
+    assert list(table) == ["sat_lightning", "transformers, dynamic cache", "reading every weight once"]
     for speed, ratio, share in table.values():
         assert float(speed.split()[0]) > 0 and float(ratio.split()[0]) > 0 and float(share) >= 0
 

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 #: Copies above this many bytes are made only when asked for, and none for fewer tokens than these.
 MAX_BYTES, MIN_TOKENS = 2 << 30, 32
-#: A vector times a matrix of at most so many numbers is done by one thread.
-_MAX_SINGLE = 1 << 21
-
+#: A matrix of fewer numbers than these is multiplied faster than the kernel for copies is called.
+_MIN_NUMBERS = 1 << 14
 
 #: Those whose copies serve at the moment, the newest last.
 _SERVING: Final[list[PackedWeights]] = []
@@ -30,7 +29,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return `F.linear(x, weight, bias)` by the copy that serves; to a compiler it is one operator."""
     if torch.compiler.is_compiling():
         return torch.ops.sat_lightning.multiply_packed(x, weight, bias)
-    return _multiply(x, weight, bias)
+    return _SERVING[-1].multiply(x, weight, bias) if _SERVING else F.linear(x, weight, bias)
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -83,11 +82,12 @@ class PackedWeights:
 
     def _copy(self, weight: Tensor) -> Tensor:
         """Return the weight in the layout that measures fastest for its shape; it may be its own."""
+        if weight.numel() < _MIN_NUMBERS:
+            return weight
         num_outputs, num_inputs = weight.shape
-        if self.num_rows == 1 and weight.dtype is torch.float32 and num_inputs < 2 * num_outputs:
-            is_shared_out = torch.get_num_threads() > 1 and weight.numel() > _MAX_SINGLE
-            # A vector times a tall matrix runs down its columns; a large one is shared out among threads as it lies.
-            return weight if num_outputs < 2 * num_inputs or is_shared_out else weight.t().contiguous().t()
+        is_vector = self.num_rows == 1 and weight.dtype is torch.float32
+        if is_vector and torch.get_num_threads() == 1 and num_outputs > num_inputs:
+            return weight.t().contiguous().t()  # one thread alone is fastest down the columns of a tall matrix
         return torch.ops.mkldnn._reorder_linear_weight(weight, self.num_rows)
 
 

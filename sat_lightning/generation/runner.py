@@ -141,7 +141,9 @@ def _forward(call: Any, ids: Tensor, places: Tensor | None, mask: Any, cache: Ke
 @functools.cache
 def compiled_forward(backend: str) -> Any:  # noqa: ANN401
     """Return the forward compiled once for all lengths; the compiler keeps what it made for each model."""
-    return torch.compile(_forward, dynamic=True, fullgraph=True, backend=backend)
+    # A step is short: to verify the sizes of each of its tensors takes a few percent of it.
+    options: dict[str, Any] | None = {"size_asserts": False} if backend == "inductor" else None
+    return torch.compile(_forward, dynamic=True, fullgraph=True, backend=backend, options=options)
 
 
 class Runner:

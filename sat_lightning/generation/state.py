@@ -58,8 +58,8 @@ class DecodingState:
     """Of `uniforms`; None takes one from torch's global generator."""
     row_ids: tuple[int, ...] = ()
     """A number for each row that its chance depends on, beside the seed: the place of its prompt among all prompts."""
-    failed_at: Tensor = field(default_factory=lambda: torch.empty(0))
-    """`[b]`: twice the first step whose logits were useless (plus 1 where no token was allowed), or -1."""
+    noted: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
+    """Since `all_done` was last asked: each step, its best logits `[b]`, and which rows `[b]` had ended before."""
 
     @classmethod
     def create(
@@ -98,7 +98,6 @@ class DecodingState:
             is_done=torch.zeros(num_rows, dtype=torch.bool, device=prompts.device),
             seed=seed,
             row_ids=tuple(range(num_rows)) if row_ids is None else tuple(row_ids),
-            failed_at=torch.full((num_rows,), -1, device=prompts.device),
         )
         state.add_end_tokens(end_tokens)
         return state
@@ -135,7 +134,7 @@ class DecodingState:
         """Put `num_copies` of each row where the row was; returns from which row each comes, `[b * num_copies]`."""
         indices = torch.arange(len(self.tokens), device=self.tokens.device).repeat_interleave(num_copies)
         self.tokens, self.is_done = self.tokens[indices], self.is_done[indices]
-        self.failed_at = self.failed_at[indices]
+        self.noted = [(step, best[indices], is_done[indices]) for step, best, is_done in self.noted]
         self.uniforms = None if self.uniforms is None else self.uniforms[indices]
         self.row_ids = tuple(row for row in self.row_ids for _ in range(num_copies))
         return indices
@@ -158,9 +157,7 @@ class DecodingState:
 
     def note_best(self, best: Tensor) -> None:
         """Remember rows whose best logit `[b]` is not a number (or infinite): `all_done` raises for them."""
-        is_new = ~best.isfinite() & ~self.is_done & (self.failed_at < 0)
-        code = 2 * self.num_generated + (best == -torch.inf).long()
-        self.failed_at = torch.where(is_new, code, self.failed_at)
+        self.noted.append((self.num_generated, best, self.is_done))
 
     def all_done(self) -> bool:
         """Ask the device, once, whether every row has ended.
@@ -168,17 +165,26 @@ class DecodingState:
         Raises:
             InputError: if logits were NaN or infinite, or no token was allowed, naming the step and the row.
         """
-        is_over, has_failed = torch.stack([self.is_done.all(), (self.failed_at >= 0).any()]).tolist()
-        if has_failed:
+        questions = [self.is_done.all()]
+        if self.noted:
+            _, bests, ended = zip(*self.noted, strict=True)
+            best = bests[0] if len(bests) == 1 else torch.stack(bests)
+            is_useful = (best - best == 0) | (ended[0] if len(ended) == 1 else torch.stack(ended))
+            questions.append(is_useful.all())
+        is_over, *is_well = torch.stack(questions).tolist()
+        if not all(is_well):
             self._raise_failure()
+        self.noted.clear()
         return is_over
 
     def _raise_failure(self) -> None:
-        codes = self.failed_at.tolist()
-        index = min((index for index, code in enumerate(codes) if code >= 0), key=codes.__getitem__)  # the earliest
+        for step, best, is_done in self.noted:
+            failed = (~best.isfinite() & ~is_done).nonzero()
+            if len(failed):
+                break
+        index = int(failed[0, 0])
         row = self.row_ids[index] if self.row_ids else index  # which of all prompts, whatever batch it is in
-        step, nothing_allowed = divmod(codes[index], 2)
-        if nothing_allowed:
+        if best[index] == -torch.inf:
             cure = "bad words, invalid slices and constraints together leave nothing; allow at least an end token."
             raise InputError(f"step {step}, row {row}: no token is allowed: {cure}")
         cure = "Look at the weights and the dtype (fp16 overflows where bf16 does not)."
