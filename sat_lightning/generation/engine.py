@@ -19,7 +19,7 @@ from torch import Tensor
 from sat_lightning.errors import ConfigError, InputError
 from sat_lightning.generation.constraints import allow_only
 from sat_lightning.generation.options import Finish, Generation, GenerationOptions, Streamed
-from sat_lightning.generation.packed import PackedWeights, is_worthwhile
+from sat_lightning.generation.packed import PackedWeights, plan_products
 from sat_lightning.generation.prompts import Prompt, batches_of, check_lengths, check_rows, read_prompts
 from sat_lightning.generation.rules import read_end_tokens
 from sat_lightning.generation.runner import CallOptions, Runner, find_model, kept_dtype, longest_of, prepared, writer_of
@@ -157,10 +157,10 @@ class _Job:
         return replace(self.call, row_kw=chosen)
 
     def packed(self) -> PackedWeights | None:
-        """Return room for copies of the weights, if they are worth it."""
+        """Return how the weights are multiplied by, if not as ever."""
         num_rows = min(len(self.rows), self.options.batch_size or len(self.rows))
-        is_wanted = is_worthwhile(self.model, self.max_new_tokens, self.options.pack_weights)
-        return PackedWeights(num_rows) if is_wanted and num_rows else None
+        wish, backend = self.options.pack_weights, self.options.backend
+        return plan_products(self.model, num_rows, self.max_new_tokens, wish, backend)
 
     def batches(self) -> Iterator[list[int]]:
         """Yield the indices of the prompts of each batch."""

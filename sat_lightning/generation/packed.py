@@ -3,7 +3,8 @@
 Legend: n rows, i inputs, o outputs of a linear.
 
 A weight `[o, i]` as training keeps it is laid out anew in every product. Laid out once, products of a few rows take a
-half to a third of the time, which is most of a step of a generation. The copies need as much memory as the weights.
+half to a third of the time, which is most of a step of a generation. The copies need as much memory as the weights. A
+single row in a compiled step needs none: loops made for it read a weight as it lies at about the speed of memory.
 """
 
 from __future__ import annotations
@@ -32,6 +33,16 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _SERVING[-1].multiply(x, weight, bias) if _SERVING else F.linear(x, weight, bias)
 
 
+def multiply_vector(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return `F.linear(x, weight, bias)`; one row is compiled to loops that read a weight as it lies."""
+    if x.numel() != x.shape[-1] or not torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    row = x.float().as_strided(x.shape[-1:], (1,))  # so that the compiler stores it: not anew for each output
+    result = (row * weight.float()).sum(-1)
+    result = result if bias is None else result + bias.float()
+    return result.to(x.dtype).view(*x.shape[:-1], -1)
+
+
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _SERVING[-1].multiply(x, weight, bias) if _SERVING else F.linear(x, weight, bias)
 
@@ -43,14 +54,17 @@ _LIBRARY._register_fake("multiply_packed", F.linear)
 
 
 class PackedWeights:
-    """Copies of weights, each made when it is first used.
+    """Copies of weights, each made when it is first used; none for a single row whose step is compiled to loops.
 
     Args:
         num_rows: n of the products to come.
+        is_compiled: whether inductor compiles them.
     """
 
-    def __init__(self, num_rows: int) -> None:
-        self.num_rows = num_rows
+    def __init__(self, num_rows: int, is_compiled: bool = False) -> None:
+        self.num_rows, self.makes_copies = num_rows, num_rows > 1 or not is_compiled
+        self.function = multiply if self.makes_copies else multiply_vector
+        """Serves like `F.linear`."""
         self._copies: dict[int, Tensor] = {}
         self._weights: list[Tensor] = []  # kept alive, so that each has its id for itself
 
@@ -71,7 +85,9 @@ class PackedWeights:
         """Let every plain linear of a model multiply by its copy."""
         kinds = {m: type(m) for m in model.modules() if isinstance(m, nn.Linear) and _is_plain(m)}
         for linear in kinds:
-            linear.__class__ = _PackedLinear  # a compiler knows it again, as it would no function made here
+            linear.__class__ = (
+                _PackedLinear if self.makes_copies else _VectorLinear
+            )  # a compiler knows it again, as it would no function made here
         _SERVING.append(self)
         try:
             yield
@@ -82,7 +98,7 @@ class PackedWeights:
 
     def _copy(self, weight: Tensor) -> Tensor:
         """Return the weight in the layout that measures fastest for its shape; it may be its own."""
-        if weight.numel() < _MIN_NUMBERS:
+        if weight.numel() < _MIN_NUMBERS or not self.makes_copies:
             return weight
         num_outputs, num_inputs = weight.shape
         is_vector = self.num_rows == 1 and weight.dtype is torch.float32
@@ -96,15 +112,34 @@ class _PackedLinear(nn.Linear):
         return multiply(input, self.weight, self.bias)
 
 
-def is_worthwhile(model: nn.Module, num_tokens: int, wish: bool | None) -> bool:
-    """Say whether to copy weights: there is a kernel for it, and it is asked for, or pays and fits."""
+class _VectorLinear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return multiply_vector(input, self.weight, self.bias)
+
+
+def plan_products(
+    model: nn.Module, num_rows: int, num_tokens: int, wish: bool | None, backend: str | None
+) -> PackedWeights | None:
+    """Say how a generation multiplies: None, where other ways are not known, not asked for, or do not pay.
+
+    Args:
+        model: whose weights.
+        num_rows: prompts at a time.
+        num_tokens: written at most.
+        wish: the user's word, or None.
+        backend: which compiler makes the step, or None.
+    """
     parameters = list(model.parameters())
     dtypes = {p.dtype for p in parameters if p.is_floating_point()}
-    if wish is False or any(p.device.type != "cpu" for p in parameters) or torch.is_autocast_enabled("cpu"):
-        return False
-    if not dtypes <= {torch.float32, torch.bfloat16} or not _has_kernels(torch.bfloat16 in dtypes):
-        return False
-    return bool(wish) or (num_tokens >= MIN_TOKENS and sum(p.nbytes for p in parameters) <= MAX_BYTES)
+    if wish is False or not num_rows or any(p.device.type != "cpu" for p in parameters):
+        return None
+    if torch.is_autocast_enabled("cpu") or not dtypes <= {torch.float32, torch.bfloat16}:
+        return None
+    packed = PackedWeights(num_rows, backend == "inductor")
+    if not packed.makes_copies:
+        return packed
+    is_worthwhile = num_tokens >= MIN_TOKENS and sum(p.nbytes for p in parameters) <= MAX_BYTES
+    return packed if (wish or is_worthwhile) and _has_kernels(torch.bfloat16 in dtypes) else None
 
 
 def _has_kernels(needs_bfloat16: bool) -> bool:

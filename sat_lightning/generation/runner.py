@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sat_lightning.errors import InputError
 from sat_lightning.generation.layout import Visibility, lay_out
-from sat_lightning.generation.packed import PackedWeights, multiply
+from sat_lightning.generation.packed import PackedWeights
 from sat_lightning.generation.prompts import pad_left, pad_right
 from sat_lightning.hooks import non_conflict
 from sat_lightning.mixins import KeyValueCache, StaticCacheMixin
@@ -105,7 +105,7 @@ def prepared(model: BaseModel | EncoderDecoderModel, packed: PackedWeights | Non
     """
     writer = writer_of(model)
     found: Any = writer.mixins[_LAST_TOKEN] if _LAST_TOKEN in writer.mixins else None
-    last = found if found is not None else LastTokenMixin(None if packed is None else multiply)
+    last = found if found is not None else LastTokenMixin(None if packed is None else packed.function)
     for module in model.modules():
         last.modes.setdefault(module, module.training)
     last.num_users += 1

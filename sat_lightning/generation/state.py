@@ -178,10 +178,8 @@ class DecodingState:
         return is_over
 
     def _raise_failure(self) -> None:
-        for step, best, is_done in self.noted:
-            failed = (~best.isfinite() & ~is_done).nonzero()
-            if len(failed):
-                break
+        found = ((step, best, (~best.isfinite() & ~is_done).nonzero()) for step, best, is_done in self.noted)
+        step, best, failed = next(entry for entry in found if len(entry[2]))  # the earliest
         index = int(failed[0, 0])
         row = self.row_ids[index] if self.row_ids else index  # which of all prompts, whatever batch it is in
         if best[index] == -torch.inf:
