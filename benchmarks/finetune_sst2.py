@@ -31,6 +31,8 @@ Batch = tuple[Tensor, Tensor, Tensor]
 
 RANK, ALPHA, PREFIX_LENGTH, BOTTLENECK, CLASSES = 8, 16, 16, 64, 2
 BATCH_SIZE, MAX_LENGTH, WARMUP = 32, 64, 0.1
+#: Sentences of about one length share a batch: so many batches' worth are sorted at a time.
+WINDOW = 8
 #: Method -> its learning rate, the same for both libraries.
 METHODS = {"full": 5e-5, "lora": 1e-3, "prefix": 1e-2, "adapters": 1e-3, "prefix+lora": 2e-3}
 OURS, THEIRS = "sat_lightning", "transformers + PEFT"
@@ -115,6 +117,14 @@ def batches(rows: list[tuple[list[int], int]], device: str) -> list[Batch]:
     return [collate(rows[start : start + BATCH_SIZE], device) for start in range(0, len(rows), BATCH_SIZE)]
 
 
+def shuffled(rows: list[tuple[list[int], int]], order: random.Random, device: str) -> list[Batch]:
+    """Return the batches of an epoch."""
+    rows, size = order.sample(rows, len(rows)), WINDOW * BATCH_SIZE
+    windows = [sorted(rows[start : start + size], key=lambda row: len(row[0])) for start in range(0, len(rows), size)]
+    found = [batch for window in windows for batch in batches(window, device)]
+    return order.sample(found, len(found))
+
+
 def run_one(arguments: argparse.Namespace) -> dict[str, float]:
     """Train one contestant with one seed."""
     library, method, device = arguments.library, arguments.method, arguments.device
@@ -122,7 +132,7 @@ def run_one(arguments: argparse.Namespace) -> dict[str, float]:
     train = read(arguments.data / "train.tsv", arguments.model, limit)
     held_out = batches(read(arguments.data / "dev.tsv", arguments.model, limit), device)
     order = random.Random(arguments.seed)
-    steps = [batch for _ in range(arguments.epochs) for batch in batches(order.sample(train, len(train)), device)]
+    steps = [batch for _ in range(arguments.epochs) for batch in shuffled(train, order, device)]
 
     torch.manual_seed(arguments.seed)
     hidden_size = json.loads((arguments.model / "config.json").read_text())["hidden_size"]

@@ -74,7 +74,8 @@ class PackedWeights:
             return F.linear(x, weight, bias)
         copy = self._copies.get(id(weight))
         if copy is None:
-            copy = self._copies[id(weight)] = self._copy(weight.detach())
+            copy = weight.detach()
+            copy = self._copies[id(weight)] = self._copy(copy) if self.makes_copies else copy
             self._weights.append(weight)
         if copy.layout is torch.strided:
             return F.linear(x, copy, bias)
@@ -98,7 +99,7 @@ class PackedWeights:
 
     def _copy(self, weight: Tensor) -> Tensor:
         """Return the weight in the layout that measures fastest for its shape; it may be its own."""
-        if weight.numel() < _MIN_NUMBERS or not self.makes_copies:
+        if weight.numel() < _MIN_NUMBERS:
             return weight
         num_outputs, num_inputs = weight.shape
         is_vector = self.num_rows == 1 and weight.dtype is torch.float32
