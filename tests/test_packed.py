@@ -1,4 +1,4 @@
-"""Weights laid out for a CPU's products: the same numbers, no trace left, and never those of an earlier training step."""
+"""Weights laid out for a CPU's products: the same numbers, no trace left, never those of an earlier training step."""
 
 import pytest
 import torch
