@@ -23,7 +23,8 @@ Inside a layer `**kw` always holds `hooks`, `layer_id` (int), `position_ids`, `o
 embedding hook that puts tokens in front of the sequence says so there, see `sat_lightning.nn.front`.
 
 Who wins: the default, then the model's own methods, then mixins in the order added. A plain hook takes a seam only
-from the default or from a `@replaceable` hook; a `@non_conflict` hook receives `old_impl` and wraps what is there.
+from the default or from a `@replaceable` hook; a `@non_conflict` hook receives `old_impl` and wraps what is there, or,
+where it is `@innermost` too, what answers last.
 """
 
 from __future__ import annotations
@@ -61,6 +62,12 @@ def replaceable(hook: HookT) -> HookT:
 
 
 replacable = replaceable  # SAT's spelling
+
+
+def innermost(hook: HookT) -> HookT:
+    """Mark a wrapping hook as one that wraps what answers last, and not what other hooks make of that."""
+    hook.innermost = True  # type: ignore[attr-defined]
+    return hook
 
 
 def computes_loss(hook: HookT) -> HookT:
@@ -186,7 +193,7 @@ def _chain(seam: str, default: Hook, owners: list[tuple[str, object]]) -> list[t
         holder, held = chain[0]
         if getattr(hook, "non_conflict", False):
             _require_old_impl(seam, name, hook)
-            chain.insert(0, (name, hook))
+            chain.insert(len(chain) - 1 if getattr(hook, "innermost", False) else 0, (name, hook))
         elif holder == "default" or (len(chain) == 1 and getattr(held, "replaceable", False)):
             if holder != "default":
                 warnings.warn(f"{seam}: '{name}' replaces '{holder}', which is @replaceable.", stacklevel=4)

@@ -129,8 +129,10 @@ def test_what_does_not_fit_is_named(saved):
     wrong = FAMILIES["gpt2"].build()
     wrong.add_mixin("method", mixins.AdapterMixin(wrong.config, 5))
     save_file(held, folder / "adapter.safetensors")
-    with pytest.raises(CheckpointError, match=r"is \[4, 32\], the model has \[5, 32\]"):
+    with pytest.raises(CheckpointError, match="'method' was saved with adapter_hidden=4, the model's has 5"):
         load_adapter(wrong, folder)
+    with pytest.raises(CheckpointError, match=r"is \[4, 32\], the model has \[4, 16\]"):
+        load_adapter(FAMILIES["gpt2"].build(hidden_size=16), folder)
     other = FAMILIES["gpt2"].build()
     other.add_mixin("method", mixins.FFADDMixin(other.config, 4))
     with pytest.raises(CheckpointError, match=r"'method' is a .*AdapterMixin, the model has a .*FFADDMixin"):
@@ -158,3 +160,33 @@ def test_a_taken_seam_and_missing_things_say_the_cure(tmp_path):
     (tmp_path / "adapter.json").write_text(json.dumps(values | {"format_version": 9}))
     with pytest.raises(CheckpointError, match="format_version 9, this program reads 1"):
         load_adapter(fresh, tmp_path)
+
+
+def test_settings_by_which_the_same_weights_do_something_else_are_refused(tmp_path):
+    model = FAMILIES["gpt2"].build()
+    model.add_mixin("lora", mixins.LoraMixin(model.config, alpha=32.0, dropout=0.1))
+    stir(model, ["lora"])
+    save_adapter(model, tmp_path)
+    same = FAMILIES["gpt2"].build()
+    same.add_mixin("lora", mixins.LoraMixin(same.config, rank=8, alpha=32, dropout=0.3))
+    load_adapter(same, tmp_path)
+    assert torch.equal(logits(same), logits(model))
+    other = FAMILIES["gpt2"].build()
+    other.add_mixin("lora", mixins.LoraMixin(other.config))
+    before = logits(other)
+    with pytest.raises(CheckpointError, match=r"'lora' was saved with alpha=32\.0, the model's has 16\.0\. Remove it"):
+        load_adapter(other, tmp_path)
+    assert torch.equal(logits(other), before)
+    model.del_mixin("lora")
+    model.add_mixin("dora", mixins.DoraMixin(model.config, alpha=4.0))
+    save_adapter(model, tmp_path)
+    other.del_mixin("lora")
+    other.add_mixin("dora", mixins.DoraMixin(other.config))
+    with pytest.raises(CheckpointError, match=r"'dora' was saved with alpha=4\.0, the model's has 16\.0"):
+        load_adapter(other, tmp_path)
+    model.get_mixin("dora").scale = 0.5
+    save_adapter(model, tmp_path)
+    other.del_mixin("dora")
+    other.add_mixin("dora", mixins.DoraMixin(other.config, alpha=4.0))
+    with pytest.raises(CheckpointError, match=r"'dora' was saved with scale=0\.5, the model's has 1\.0"):
+        load_adapter(other, tmp_path)

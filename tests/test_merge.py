@@ -197,3 +197,23 @@ def test_the_verb_merges_a_run(base, tmp_path, monkeypatch, capsys):
     plain, ids = AutoModel.from_pretrained("plain"), torch.arange(9)[None]
     assert "lora" not in plain.mixins
     assert_close(plain(ids)[0], tuned.eval()(ids)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_misspelt_name_to_keep_is_refused_before_anything_is_merged():
+    model = gpt2()
+    model.add_mixin("lora", LoraMixin(model.config))
+    with pytest.raises(CheckpointError, match=r"No mixin is named 'lroa', to be kept; .*Did you mean 'lora'"):
+        merge_adapters(model, keep=["lroa"])
+    assert "lora" in model.mixins and not model.get_mixin("lora").is_merged
+
+
+def test_the_verb_finds_a_half_precision_base_that_was_trained_in_full(tmp_path):
+    gpt2().to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    base = AutoModel.from_pretrained(tmp_path / "base")
+    assert {parameter.dtype for parameter in base.parameters()} == {torch.float32}
+    base.add_mixin("lora", LoraMixin(base.config))
+    randomise(base.get_mixin("lora"))
+    save_adapter(base, tmp_path / "tuned")
+    words = ["merge", "--ckpt", str(tmp_path / "tuned"), "--base", str(tmp_path / "base")]
+    main([*words, "--output", str(tmp_path / "plain")])
+    assert_close(run("gpt2", AutoModel.from_pretrained(tmp_path / "plain")), run("gpt2", base), atol=1e-5, rtol=1e-5)

@@ -218,3 +218,36 @@ def test_what_peft_cannot_hold_is_refused(tmp_path):
     save_peft(plain, tmp_path, "lora")
     names = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
     assert names and all(name.startswith("decoder.") for name in names)
+
+
+def test_pissa_of_peft_is_read_as_peft_reads_it(tmp_path):
+    """Its file holds what was learnt beside a base without its main singular vectors."""
+    theirs, _, ours = make_pair("gpt2", "lora")
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["c_attn", "c_fc"], init_lora_weights="pissa")
+    adapted = peft.get_peft_model(copy.deepcopy(theirs), config).eval()
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.3)
+    adapted.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path).eval()
+    expected = answer(adapted, "gpt2")
+    assert_close(answer(again, "gpt2"), expected, atol=1e-4, rtol=1e-4)
+    load_peft(ours, tmp_path)
+    assert_close(answer(ours, "gpt2"), expected, atol=1e-5, rtol=1e-5)
+    edited(tmp_path, init_lora_weights="olora")
+    with pytest.raises(CheckpointError, match=r"init_lora_weights='olora' is not supported.*merge_and_unload"):
+        load_peft(ours, tmp_path, "second")
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "table"])
+def test_an_adapter_of_another_size_is_refused(method, tmp_path):
+    _, adapted, _ = make_pair("gpt2", method)
+    adapted.save_pretrained(tmp_path)
+    other = FAMILIES["gpt2"].build(num_layers=2, hidden_size=28, num_attention_heads=4)
+    names = set(other.state_dict())
+    with pytest.raises(
+        CheckpointError, match=r"' is \[.*\], and the model's own is a matrix \[\d+, \d+\]\. Load the b"
+    ):
+        load_peft(other, tmp_path)
+    assert set(other.state_dict()) == names

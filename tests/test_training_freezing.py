@@ -4,6 +4,7 @@ import pytest
 
 from sat_lightning.errors import ConfigError
 from sat_lightning.training.freezing import freeze_parameters
+from tests.families import FAMILIES
 from tests.training_examples import (
     ScaleMixin,
     changed_names,
@@ -65,3 +66,13 @@ def test_frozen_wins_inside_trainable() -> None:
 def test_patterns_are_checked(patterns: dict, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         freeze_parameters(make_model(), **patterns)
+
+
+def test_what_two_parts_share_is_meant_by_either_name() -> None:
+    model = FAMILIES["t5"].build()
+    freeze_parameters(model, trainable=[r"^decoder\.transformer\.word_embeddings"])
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained == ["encoder.transformer.word_embeddings.weight"]
+    freeze_parameters(model, trainable=["word_embeddings", "final_layernorm"], frozen=[r"^decoder\..*embeddings"])
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained == [f"{part}.transformer.final_layernorm.weight" for part in ("encoder", "decoder")]

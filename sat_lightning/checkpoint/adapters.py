@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,17 @@ from sat_lightning.checkpoint.files import SafetensorsFile, found_beside, read_j
 from sat_lightning.checkpoint.native import all_mixins, build_mixin, record_mixin
 from sat_lightning.checkpoint.report import some
 from sat_lightning.checkpoint.split import copy_into, full_shape, is_split
+from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import CheckpointError, nearest
+from sat_lightning.mixins.quantized import QuantizedBaseMixin
 from sat_lightning.model import BaseMixin
 from sat_lightning.model.composed import owner_of
 from sat_lightning.model.registry import AnyModel
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter.json", "adapter.safetensors"
 _VERSION = 1
+_OF_TRAINING = ("dropout", "lora_dropout", "init_std", "init_token_ids")
+"""Settings that change nothing about what a mixin is once it is trained."""
 
 
 def save_adapter(model: AnyModel, folder: str | os.PathLike[str], name: str | Sequence[str] | None = None) -> None:
@@ -34,8 +40,8 @@ def save_adapter(model: AnyModel, folder: str | os.PathLike[str], name: str | Se
     Args:
         model: any model.
         folder: made where it is missing; files of an adapter in it are replaced, each whole or not at all.
-        name: the mixin, or several, `<part>.<name>` in composed models. Default: all methods of fine-tuning and heads
-            of new tasks.
+        name: the mixin, or several, `<part>.<name>` in composed models; what has put the base into 4 bits goes along.
+            Default: all methods of fine-tuning and heads of new tasks.
 
     Raises:
         CheckpointError: if there is no such mixin, one is merged, or the weights are split over ranks.
@@ -51,6 +57,7 @@ def save_adapter(model: AnyModel, folder: str | os.PathLike[str], name: str | Se
         "model_class": type(model).__name__,
         "mixins": [record_mixin(key, mixin, owner_of(model, key).config) for key, mixin in chosen.items()],
         "base_sha256": _hash_base(model, tensors),
+        "base_dtype": _dtype_of_base(model, tensors),
     }
     whole = {key: tensor.detach().contiguous().cpu().clone() for key, tensor in tensors.items()}
     with written_whole(folder / WEIGHTS_NAME) as temporary:
@@ -76,6 +83,7 @@ def load_adapter(model: AnyModel, folder: str | os.PathLike[str], *, checks_base
     values, file = _read(Path(folder))
     device = next(model.parameters()).device
     added: list[str] = []
+    before = [(parent, dict(parent._modules)) for parent in model.modules()]
     try:
         chosen = {}
         for entry in values["mixins"]:
@@ -84,7 +92,7 @@ def load_adapter(model: AnyModel, folder: str | os.PathLike[str], *, checks_base
                 model.add_mixin(name, build_mixin(entry, owner_of(model, name).config, str(folder)))
                 added.append(name)
             chosen[name] = model.get_mixin(name)
-            _refuse_other_class(chosen[name], entry, folder)
+            _refuse_other_kind(chosen[name], entry, owner_of(model, name).config, folder)
         targets = _own_tensors(model, chosen)
         _refuse_misfit(targets, file, folder)
         if checks_base:
@@ -92,6 +100,8 @@ def load_adapter(model: AnyModel, folder: str | os.PathLike[str], *, checks_base
     except BaseException:
         for name in reversed(added):
             model.del_mixin(name)
+        for parent, children in before:  # linears that a mixin has put into 4 bits
+            parent._modules.update({name: child for name, child in children.items() if name in parent._modules})
         raise
     with torch.no_grad():
         for key, target in targets.items():
@@ -116,7 +126,7 @@ def _choose(model: AnyModel, name: str | Sequence[str] | None) -> dict[str, Base
     for one in names:
         if one not in present:
             raise CheckpointError(f"No mixin is named '{one}', there are {list(present)}.{nearest(one, present)}")
-    return {key: mixin for key, mixin in present.items() if key in names}
+    return {key: one for key, one in present.items() if key in names or isinstance(one, QuantizedBaseMixin)}
 
 
 def _prefix(name: str) -> str:
@@ -142,13 +152,22 @@ def _hash_base(model: AnyModel, own: Mapping[str, Tensor]) -> str:
             f"ZeRO-3 has split {some(split)} over the ranks, so that nobody has the base whole. Save a checkpoint, and "
             "save or load the adapter in one process."
         )
+    return hash_content(_base(model, own))
+
+
+def _base(model: AnyModel, own: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters beside those of methods, of new heads, and what they train."""
     beside = tuple(_prefix(name) for name, mixin in all_mixins(model) if mixin.stays_trainable)
     left_out = {id(tensor) for tensor in own.values()}
-    return hash_content(
-        (key, tensor)
-        for key, tensor in model.named_parameters()
-        if id(tensor) not in left_out and not key.startswith(beside)
-    )
+    for key, tensor in model.named_parameters():
+        if id(tensor) not in left_out and not key.startswith(beside):
+            yield key, tensor
+
+
+def _dtype_of_base(model: AnyModel, own: Mapping[str, Tensor]) -> str | None:
+    """Return the one precision of the base, if it is one: its hash is that of these bytes."""
+    found = {str(tensor.dtype).removeprefix("torch.") for _, tensor in _base(model, own) if tensor.is_floating_point()}
+    return found.pop() if len(found) == 1 else None
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], SafetensorsFile]:
@@ -164,13 +183,36 @@ def _read(folder: Path) -> tuple[dict[str, Any], SafetensorsFile]:
     return values, SafetensorsFile(folder / WEIGHTS_NAME)
 
 
-def _refuse_other_class(mixin: BaseMixin, entry: Mapping[str, Any], folder: str | os.PathLike[str]) -> None:
-    own = f"{type(mixin).__module__}.{type(mixin).__qualname__}"
-    if own != entry["class_path"]:
+def _refuse_other_kind(
+    mixin: BaseMixin, entry: Mapping[str, Any], config: TransformerConfig, folder: str | os.PathLike[str]
+) -> None:
+    """Refuse to fill a mixin of another class, or of settings by which the same weights do something else."""
+    cure = f"Remove it with del_mixin('{entry['name']}') first, and the file builds its own."
+    own = record_mixin(entry["name"], mixin, config)
+    if own["class_path"] != entry["class_path"]:
         raise CheckpointError(
-            f"{folder}: '{entry['name']}' is a {entry['class_path']}, the model has a {own} of that name. Remove it "
-            f"with del_mixin('{entry['name']}') first."
+            f"{folder}: '{entry['name']}' is a {entry['class_path']}, the model has a {own['class_path']} of that "
+            f"name. {cure}"
         )
+    if entry["init_args"] is None or own["init_args"] is None:
+        return
+    then, now = _settings(mixin, entry), _settings(mixin, own)
+    for key in sorted(then.keys() & now.keys()):
+        if then[key] != now[key] and key not in _OF_TRAINING:
+            raise CheckpointError(
+                f"{folder}: '{entry['name']}' was saved with {key}={then[key]!r}, the model's has {now[key]!r}. {cure}"
+            )
+
+
+def _settings(mixin: BaseMixin, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a description says, and what its class takes where it says nothing."""
+    found: dict[str, Any] = {"scale": 1.0}
+    for cls in reversed(type(mixin).__mro__[: -len(BaseMixin.__mro__)]):
+        if init := vars(cls).get("__init__"):
+            parameters = inspect.signature(init).parameters.values()
+            found |= {one.name: one.default for one in parameters if one.default is not one.empty}
+    given = entry["init_args"] | {key: entry[key] for key in ("scale",) if key in entry}
+    return json.loads(json.dumps(found | given, default=str))
 
 
 def _refuse_misfit(targets: Mapping[str, Tensor], file: SafetensorsFile, folder: str | os.PathLike[str]) -> None:

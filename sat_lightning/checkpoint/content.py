@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,9 +20,21 @@ def hash_content(tensors: Iterable[tuple[str, Tensor]]) -> str:
         64 hexadecimal digits.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+    for name, tensor in sorted(with_constants(tensors), key=lambda item: item[0]):
         add_tensor(digest, name, tensor, tuple(tensor.shape))
     return digest.hexdigest()
+
+
+def with_constants(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield tensors by name, and behind one of 4 bits what it cannot be read without, by its name in a state dict.
+
+    Args:
+        tensors: parameters, or the like.
+    """
+    for name, tensor in tensors:
+        yield name, tensor
+        if (state := getattr(tensor, "quant_state", None)) is not None:
+            yield from ((f"{name}.{key}", constant) for key, constant in state.as_dict(packed=True).items())
 
 
 def add_tensor(digest: Any, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -120,8 +120,13 @@ def _fill(
 def _targets(model: AnyModel) -> dict[str, Tensor]:
     """Return the tensors themselves that a state dict names."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    by_name = dict(tensors)
-    return {name: by_name[name] for name in model.state_dict()}
+    by_name, names = dict(tensors), list(model.state_dict())
+    if packed := [name for name in names if name not in by_name]:
+        raise CheckpointError(
+            f"{type(model).__name__} holds linears in 4 bits ({packed[0]}), which no weights can be loaded into. Load "
+            "them first, and quantise then."
+        )
+    return {name: by_name[name] for name in names}
 
 
 def _shared_storages(own: Mapping[str, Tensor]) -> set[int]:

@@ -6,7 +6,8 @@ from collections.abc import Collection
 from typing import Any
 
 from sat_lightning.checkpoint.native import all_mixins
-from sat_lightning.errors import CheckpointError
+from sat_lightning.errors import CheckpointError, nearest
+from sat_lightning.mixins.quantized import QuantizedBaseMixin, dequantize_base
 from sat_lightning.mixins.weight_tuning import WeightTuningMixin
 from sat_lightning.model.composed import owner_of
 from sat_lightning.model.registry import AnyModel
@@ -15,7 +16,8 @@ from sat_lightning.model.registry import AnyModel
 def merge_adapters(model: AnyModel, keep: Collection[str] = ()) -> list[str]:
     """Merge every method of fine-tuning into the weights, and remove it; heads of new tasks stay as they are.
 
-    Those that are disabled are removed only. One that is merged already is removed, and its weights stay.
+    Those that are disabled are removed only. One that is merged already is removed, and its weights stay. Linears of 4
+    bits become dense.
 
     Args:
         model: changed in place, in the order in which its methods were added.
@@ -29,7 +31,12 @@ def merge_adapters(model: AnyModel, keep: Collection[str] = ()) -> list[str]:
             as it was.
         HookError: if merging a method would not be right; see `WeightTuningMixin.merge`.
     """
-    methods = {name: mixin for name, mixin in all_mixins(model) if mixin.freezes_base and name not in keep}
+    present = dict(all_mixins(model))
+    if unknown := [name for name in keep if name not in present]:
+        raise CheckpointError(
+            f"No mixin is named '{unknown[0]}', to be kept; there are {list(present)}.{nearest(unknown[0], present)}"
+        )
+    methods = {name: mixin for name, mixin in present.items() if mixin.freezes_base and name not in keep}
     for name, mixin in methods.items():
         # One without parameters of its own has trained the base's, which hold it already.
         if not isinstance(mixin, WeightTuningMixin) and any(True for _ in mixin.parameters()):
@@ -40,16 +47,14 @@ def merge_adapters(model: AnyModel, keep: Collection[str] = ()) -> list[str]:
     active = [n for n, mixin in methods.items() if not mixin._is_silent or getattr(mixin, "is_merged", False)]
     for name in methods.keys() - active:
         _remove(model, name)
-    _merge_in_order(
-        [
-            methods[name]
-            for name in active
-            if isinstance(methods[name], WeightTuningMixin) and not methods[name].is_merged
-        ]
-    )
-    for name in active:
+    weights = [methods[name] for name in active if isinstance(methods[name], WeightTuningMixin)]
+    _merge_in_order([mixin for mixin in weights if not mixin.is_merged])
+    merged = [name for name in active if not isinstance(methods[name], QuantizedBaseMixin)]
+    for name in merged:
         _remove(model, name)
-    return active
+    for part in {id(part): part for part in (owner_of(model, name) for name in present)}.values():
+        dequantize_base(part)
+    return merged
 
 
 def _remove(model: AnyModel, name: str) -> None:

@@ -61,7 +61,7 @@ def refuse_quantized(model: AnyModel) -> None:
     if names := [name for name, module in model.named_modules() if hasattr(module, "weight") and is_quantized(module)]:
         raise CheckpointError(
             f"{some(names)}: in 4 bits, which a model folder does not hold. Save what was trained by save_adapter, or "
-            "call sat_lightning.mixins.dequantize_base(model) first."
+            "make a plain model by `sat-lightning merge`, or by sat_lightning.mixins.dequantize_base(model)."
         )
 
 

@@ -1,4 +1,7 @@
-"""Adapters of PEFT's: `adapter_config.json` and `adapter_model.safetensors` of LoRA, DoRA and (IA)^3, in and out."""
+"""Adapters of PEFT's, in and out: `adapter_config.json` and `adapter_model.safetensors`.
+
+LoRA, DoRA and (IA)^3 here, prompts in `peft_prompts`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -16,12 +19,15 @@ from torch import Tensor
 
 from sat_lightning.checkpoint.files import found_beside, open_tensors, read_json, write_json, written_whole
 from sat_lightning.checkpoint.peft_layout import Module, Rows, owners, read_modules, table_names
+from sat_lightning.checkpoint.peft_prompts import PROMPTS, read_prompt, write_prompt
 from sat_lightning.checkpoint.peft_writing import write_factors, write_products
 from sat_lightning.errors import CheckpointError
 from sat_lightning.mixins.dora import DoraMixin, DoraWeights
 from sat_lightning.mixins.ia3 import Factors, IA3Mixin
 from sat_lightning.mixins.lora import LoraMixin, LoraWeights
 from sat_lightning.mixins.places import Slot
+from sat_lightning.mixins.prefix_tuning import PrefixTuningMixin
+from sat_lightning.mixins.prompt_tuning import PromptTuningMixin
 from sat_lightning.mixins.weight_tuning import WeightTuningMixin
 from sat_lightning.model.registry import AnyModel
 
@@ -33,8 +39,12 @@ _KEY = re.compile(
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "bias": ("none", None), "modules_to_save": (None, []), "lora_bias": (False, None),
     "alora_invocation_tokens": (None,), "trainable_token_indices": (None,), "target_parameters": (None, []),
-    "use_qalora": (False, None),
+    "use_qalora": (False, None), "layer_replication": (None, []), "use_bdlora": (None, False),
+    "monteclora_config": (None,), "arrow_config": (None,), "kasa_config": (None,),
+    # Others change the base itself, which a file of an adapter does not hold.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "pissa"),
 }  # fmt: skip
+_PROMPT_MIXINS = (PrefixTuningMixin, PromptTuningMixin)
 
 
 @dataclass
@@ -61,23 +71,29 @@ def load_peft(model: AnyModel, folder: str | os.PathLike[str], name: str = "peft
         The names of the mixins.
 
     Raises:
-        CheckpointError: if a file is missing, the method is none of LoRA, DoRA and IA3, or it does not fit the model.
+        CheckpointError: if a file is missing, the method is none of LoRA, DoRA, IA3, prefix tuning, prompt tuning and
+            P-tuning, or it does not fit the model.
     """
     folder = Path(folder)
-    values, tensors = _open(folder)
+    found: dict[str, list[_Found]] = {}
     try:
-        found = _sort(tensors, values, model)
+        values, tensors = _open(folder)
+        if values["peft_type"] in PROMPTS:
+            mixins: dict[str, Any] = {**read_prompt(model, values, tensors)}
+        else:
+            found = _sort(_by_module(tensors), values, model)
+            mixins = {prefix: _make(o.config, values, found[prefix]) for prefix, o in owners(model) if prefix in found}
+        if not mixins:
+            raise CheckpointError("it holds no weights.")
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     added = []
     try:
-        for prefix, owner in owners(model):
-            if not (mine := found.get(prefix)):
-                continue
-            mixin = _make(owner.config, values, mine)
-            model.add_mixin(prefix + name, mixin)
+        for prefix, mixin in mixins.items():
+            model.add_mixin(prefix + name, mixin, reinit=prefix in found)
             added.append(prefix + name)
-            _fill(mixin, mine)
+            if prefix in found:
+                _fill(mixin, found[prefix])
     except BaseException:
         for one in added:
             model.del_mixin(one)
@@ -91,7 +107,8 @@ def save_peft(model: AnyModel, folder: str | os.PathLike[str], name: str, base: 
     Args:
         model: of a family that Hugging Face has.
         folder: made where it is missing; files of these names in it are replaced.
-        name: of a `LoraMixin`, `DoraMixin` or `IA3Mixin`; in a model of parts, the one that each part has by that name.
+        name: of a `LoraMixin`, `DoraMixin` or `IA3Mixin`, in a model of parts the one that each part has by that name;
+            or of a `PrefixTuningMixin` or `PromptTuningMixin`.
         base: what `base_model_name_or_path` says.
 
     Raises:
@@ -99,43 +116,58 @@ def save_peft(model: AnyModel, folder: str | os.PathLike[str], name: str, base: 
     """
     parts: dict[str, Any] = {prefix: owner.mixins[name] for prefix, owner in owners(model) if name in owner.mixins}
     kinds = {type(mixin) for mixin in parts.values()}
-    if len(kinds) != 1 or not issubclass(next(iter(kinds)), (LoraMixin, IA3Mixin)):
+    if len(kinds) != 1 or not issubclass(kind := next(iter(kinds)), (LoraMixin, IA3Mixin, *_PROMPT_MIXINS)):
         named = ", ".join(sorted(kind.__name__ for kind in kinds)) or "nothing"
-        raise CheckpointError(f"save_peft: '{name}' is {named} here; it must be one LoraMixin, DoraMixin or IA3Mixin.")
-    adapters = {(prefix, a.place_name): (a, m.scale) for prefix, m in parts.items() for a in m._adapters.values()}
-    write = write_factors if issubclass(next(iter(kinds)), IA3Mixin) else write_products
-    modules = read_modules(model)
-    values, tensors = write(modules, adapters, next(iter(parts.values())))
-    is_transposed = any(modules[target].is_transposed for target in values["target_modules"])
-    values |= {"base_model_name_or_path": base, "inference_mode": True, "task_type": None}
+        raise CheckpointError(
+            f"save_peft: '{name}' is {named} here; it must be one LoraMixin, DoraMixin, IA3Mixin, PrefixTuningMixin or "
+            "PromptTuningMixin."
+        )
+    if issubclass(kind, _PROMPT_MIXINS):
+        values, tensors = write_prompt(model, parts)
+    else:
+        values, tensors = _write_adapters(model, parts)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with written_whole(folder / WEIGHTS_NAME) as temporary:
-        save_file({PREFIX + key: tensor.contiguous() for key, tensor in tensors.items()}, temporary)
-    write_json(folder / CONFIG_NAME, values | {"fan_in_fan_out": is_transposed})
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary)
+    write_json(folder / CONFIG_NAME, values | {"base_model_name_or_path": base, "inference_mode": True})
 
 
-def _open(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """Return the configuration, and for each module what was learnt about it."""
+def _write_adapters(model: AnyModel, parts: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    adapters = {(prefix, a.place_name): (a, m.scale) for prefix, m in parts.items() for a in m._adapters.values()}
+    mixin, modules = next(iter(parts.values())), read_modules(model)
+    values, tensors = (write_factors if isinstance(mixin, IA3Mixin) else write_products)(modules, adapters, mixin)
+    is_transposed = any(modules[target].is_transposed for target in values["target_modules"])
+    values |= {"task_type": None, "fan_in_fan_out": is_transposed}
+    return values, {PREFIX + key: tensor for key, tensor in tensors.items()}
+
+
+def _open(folder: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+    """Return the configuration and the tensors of an adapter that can be read."""
     for needed in (CONFIG_NAME, WEIGHTS_NAME):
         if not (folder / needed).is_file():
-            raise CheckpointError(f"{folder} is no PEFT adapter: it has no {needed}.{found_beside(folder / needed)}")
+            raise CheckpointError(f"this is no PEFT adapter: it has no {needed}.{found_beside(folder / needed)}")
     values = read_json(folder / CONFIG_NAME)
-    if (kind := values.get("peft_type")) not in ("LORA", "IA3"):
-        raise CheckpointError(f"{folder}: peft_type is {kind!r}, readable are 'LORA' (with DoRA) and 'IA3'.")
+    if (kind := values.get("peft_type")) not in ("LORA", "IA3", *PROMPTS):
+        raise CheckpointError(f"peft_type is {kind!r}, readable are LORA (with DoRA), IA3, {', '.join(PROMPTS)}.")
     for option, supported in _SUPPORTED.items():
-        if (value := values.get(option)) not in supported:
+        if (value := values.get(option, supported[0])) not in supported:
             raise CheckpointError(
-                f"{folder}: {option}={value!r} is not supported, only {supported[0]!r}. Merge the adapter with PEFT "
-                "(merge_and_unload), and convert the model."
+                f"{option}={value!r} is not supported, only {' and '.join(map(repr, supported))}. Merge the adapter "
+                "with PEFT (merge_and_unload), and convert the model."
             )
+    return values, open_tensors(folder / WEIGHTS_NAME)
+
+
+def _by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Return for each module what was learnt about it."""
     found: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for key, tensor in open_tensors(folder / WEIGHTS_NAME).items():
+    for key, tensor in tensors.items():
         match = _KEY.match(key.removeprefix(PREFIX))
         if match is None:
-            raise CheckpointError(f"{folder}: '{key}' is no weight of LoRA, DoRA or IA3, and would be lost.")
+            raise CheckpointError(f"'{key}' is no weight of LoRA, DoRA or IA3, and would be lost.")
         found[match[1]][match[2].replace("embedding_", "")] = tensor
-    return values, found
+    return found
 
 
 def _sort(
@@ -159,9 +191,23 @@ def _sort(
             for kind, tensor in mine.items():
                 if kind == "base_layer":
                     continue
+                _check_sizes(f"{name}.{kind}", tensor, module, rows, one.reads)
                 one.tensors[kind] = _in_our_rows(kind, tensor, rows, slot, one.reads)
             found[rows.owner].append(one)
     return found
+
+
+def _check_sizes(name: str, tensor: Tensor, module: Module, rows: Rows, reads: bool) -> None:
+    """Refuse what was learnt about a linear of other sizes."""
+    place, kind = rows.place, name.rpartition(".")[2]
+    width = place.in_features if place.name != "word_embeddings" else module.size
+    height = module.size if place.name != "word_embeddings" else place.out_features
+    size = tensor.shape[1] if kind == "lora_A" else tensor.shape[0] if kind == "lora_B" else tensor.numel()
+    if size != (width if kind == "lora_A" or reads else height):
+        raise CheckpointError(
+            f"'{name}' is {list(tensor.shape)}, and the model's own is a matrix [{height}, {width}]. Load the base "
+            "that it was trained on."
+        )
 
 
 def _is_own(tensor: Tensor, rows: Rows) -> bool:
@@ -218,6 +264,8 @@ def _make(config: Any, values: Mapping[str, Any], found: list[_Found]) -> Weight
     rank = Counter(one.rank for one in found).most_common(1)[0][0]
     alpha = Counter(one.alpha for one in found).most_common(1)[0][0]
     kind = DoraMixin if values.get("use_dora") else LoraMixin
+    # PEFT takes the main singular vectors out of the base each time it loads such a file.
+    init: Literal["default", "pissa"] = "pissa" if values.get("init_lora_weights") == "pissa" else "default"
     return kind(
         config,
         rank=rank,
@@ -227,6 +275,7 @@ def _make(config: Any, values: Mapping[str, Any], found: list[_Found]) -> Weight
         rank_pattern={pattern: key[2] for key, pattern in patterns.items() if key[2] != rank},
         alpha_pattern={pattern: key[3] for key, pattern in patterns.items() if key[3] != alpha},
         use_rslora=bool(values.get("use_rslora")),
+        init=init,
     )
 
 

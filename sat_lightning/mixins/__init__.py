@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from sat_lightning.mixins.prefix_tuning import PrefixTuningMixin, PTuningV2Mixin
     from sat_lightning.mixins.prompt_tuning import PromptTuningMixin
     from sat_lightning.mixins.qk_norm import QKNormMixin
-    from sat_lightning.mixins.quantized import dequantize_base, quantize_base
+    from sat_lightning.mixins.quantized import QuantizedBaseMixin, dequantize_base, quantize_base
     from sat_lightning.mixins.relative_bias import RelativeBiasMixin
     from sat_lightning.mixins.rotary import RotaryMixin
     from sat_lightning.mixins.routing import TopKRoutingMixin
@@ -64,6 +64,7 @@ __all__ = [
     "PrefixTuningMixin",
     "PromptTuningMixin",
     "QKNormMixin",
+    "QuantizedBaseMixin",
     "RelativeBiasMixin",
     "RotaryMixin",
     "StaticCacheMixin",
@@ -102,7 +103,7 @@ _LAZY = {
     "prefix_tuning": "PTuningV2Mixin PrefixTuningMixin",
     "prompt_tuning": "PromptTuningMixin",
     "qk_norm": "QKNormMixin",
-    "quantized": "dequantize_base quantize_base",
+    "quantized": "QuantizedBaseMixin dequantize_base quantize_base",
     "relative_bias": "RelativeBiasMixin",
     "rotary": "RotaryMixin",
     "routing": "TopKRoutingMixin",

@@ -43,8 +43,8 @@ def combine_loras(model: BaseModel, weights: Mapping[str, float], name: str, ran
             f"combine_loras: weights are {dict(weights)} and rank {rank}; give names, and a rank above 0."
         )
     products = _products(sources, weights)
-    ranks = {slot.name: sum(down.shape[0] for down, _ in pairs) for slot, pairs in products.items()}
-    chosen = {one: own if rank is None else min(rank, own) for one, own in ranks.items()}
+    found = {slot.name: _shrink(pairs, rank) for slot, pairs in products.items()}
+    chosen = {one: down.shape[0] for one, (down, _) in found.items()}
     patterns = {f"^{re.escape(one)}$": own for one, own in chosen.items()}
     mixin = LoraMixin(
         model.config,
@@ -57,9 +57,7 @@ def combine_loras(model: BaseModel, weights: Mapping[str, float], name: str, ran
     model.add_mixin(name, mixin)
     for adapter in mixin._adapters.values():
         for slot in adapter.slots:
-            for own, value in zip(
-                adapter.pair(str(slot.index)), _shrink(products[slot], chosen[slot.name]), strict=True
-            ):
+            for own, value in zip(adapter.pair(str(slot.index)), found[slot.name], strict=True):
                 own.copy_(value)
     for source in sources.values():
         source.disable()
@@ -80,14 +78,14 @@ def _products(sources: Mapping[str, Any], weights: Mapping[str, float]) -> dict[
     return found
 
 
-def _shrink(pairs: list[tuple[Tensor, Tensor]], rank: int) -> tuple[Tensor, Tensor]:
-    """Return the sum of products as one of that rank."""
+def _shrink(pairs: list[tuple[Tensor, Tensor]], rank: int | None) -> tuple[Tensor, Tensor]:
+    """Return the sum of products as one of that rank, or a lower one where it has no more."""
     down, up = torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs], dim=1)
-    if down.shape[0] <= rank:
+    if rank is None or down.shape[0] <= rank:
         return down, up
     # The singular vectors of the product, by those of its thin factors: no matrix of full size is made.
     (left, left_root), (right, right_root) = torch.linalg.qr(up.double()), torch.linalg.qr(down.double().t())
-    inner_left, values, inner_right = torch.linalg.svd(left_root @ right_root.t())
+    inner_left, values, inner_right = torch.linalg.svd(left_root @ right_root.t(), full_matrices=False)
     root = values[:rank].sqrt()
     new_down = root[:, None] * (inner_right[:rank] @ right.t())
     return new_down.to(down.dtype), (left @ inner_left[:, :rank] * root).to(up.dtype)

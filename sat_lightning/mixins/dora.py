@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import ConfigError, HookConflictError
+from sat_lightning.mixins.linear_adapter import Adapter, Kept, learned, rows_of, whole
 from sat_lightning.mixins.lora import LoraMixin, LoraWeights
 from sat_lightning.mixins.places import Place, Slot
 from sat_lightning.mixins.quantized import dense_weight
-from sat_lightning.mixins.weight_tuning import Adapter, Kept, WeightTuningMixin, learned, rows_of, whole
+from sat_lightning.mixins.weight_tuning import WeightTuningMixin
 from sat_lightning.model import BaseMixin
 
 
@@ -103,8 +104,9 @@ class DoraMixin(LoraMixin):
             plain = F.linear(read, weight.to(read.dtype))
         else:
             plain = output if bias is None else output - bias
-        ratio = adapter.ratio(weight, self.scale).to(output.dtype)
+        ratio = adapter.ratio(weight, self.scale)
         product = adapter(read, torch.zeros_like(output), self.scale, None)
-        change = (ratio - 1) * plain + ratio * product
+        # What lies between 1 and a ratio near it is nothing in half precision: it is taken before that.
+        change = (ratio - 1).to(output.dtype) * plain + ratio.to(output.dtype) * product
         rows = rows_of(kw.get("adapter_ids"), self.adapter_id, adapter, x)
         return output + (change if rows is None else change * rows)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import ConfigError
+from sat_lightning.mixins.linear_adapter import Adapter, Kept, learned, rows_of
 from sat_lightning.mixins.places import Place, Slot
-from sat_lightning.mixins.weight_tuning import Adapter, Kept, WeightTuningMixin, learned, rows_of
+from sat_lightning.mixins.weight_tuning import WeightTuningMixin
 
 TARGET = (r"attention\.(query_key_value|key_value)\.(key|value)$", r"mlp\.dense_4h_to_h(_\d+)?$")
 
@@ -40,9 +41,9 @@ class Factors(Adapter):
             nn.init.ones_(factors)
 
     def forward(self, x: Tensor, scale: float, rows: Tensor | None) -> Tensor:
-        """Multiply `[..., features]`."""
-        factors = self.whole(scale).to(x.dtype)
-        return x * (factors if rows is None else torch.where(rows, factors, torch.ones_like(factors)))
+        """Multiply `[..., features]`, in the precision of the factors: half of it has few numbers around 1."""
+        factors = self.whole(scale)
+        return (x * (factors if rows is None else torch.where(rows, factors, torch.ones_like(factors)))).to(x.dtype)
 
     def whole(self, scale: float) -> Tensor:
         """Return the factors of all features, 1 for those without: `[features]`."""

@@ -15,19 +15,12 @@ from torch import Tensor, nn
 
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import ConfigError
-from sat_lightning.hooks import non_conflict
+from sat_lightning.hooks import innermost, non_conflict
+from sat_lightning.mixins.linear_adapter import Adapter, Kept, check_patterns, learned, rows_of, whole
 from sat_lightning.mixins.places import Place, Slot, look_up
 from sat_lightning.mixins.quantized import dense_weight
 from sat_lightning.mixins.sat_form import Arguments, accepts_sat_form, sizes
-from sat_lightning.mixins.weight_tuning import (
-    Adapter,
-    Kept,
-    WeightTuningMixin,
-    check_patterns,
-    learned,
-    rows_of,
-    whole,
-)
+from sat_lightning.mixins.weight_tuning import WeightTuningMixin
 
 Term = tuple[Slot, Tensor, Tensor, float]
 """Rows, A `[r, in]`, B `[rows, r]`, factor."""
@@ -53,7 +46,12 @@ class LoraWeights(Adapter):
         names = ["matrix_A", "matrix_B"] + ["initial_A", "initial_B"] * is_pissa
         for name in names:
             self.add_module(name, nn.Module())
-        for slot, rank in zip(slots, ranks, strict=True):
+        for slot, rank, factor in zip(slots, ranks, factors, strict=True):
+            if is_pissa and (rank > (largest := min(self.in_features, slot.size)) or factor <= 0):
+                raise ConfigError(
+                    f"init='pissa': {slot.name} has {largest} singular vectors, rank is {rank} and the factor "
+                    f"{factor:g}. Give a rank up to that (rank_pattern), and an alpha above 0."
+                )
             for name in names:
                 shape = (rank, self.in_features) if name.endswith("A") else (slot.size, rank)
                 values = learned(place, *shape)
@@ -114,7 +112,8 @@ class LoraWeights(Adapter):
 
     def delta(self) -> Tensor:
         """Return what is added to the weight `[out, in]`, in fp32."""
-        change = torch.zeros(self.out_features, self.in_features, device=self.terms()[0][1].device)
+        like = self.terms()[0][1]
+        change = torch.zeros(self.out_features, self.in_features, device=like.device, dtype=torch.float32)
         for slot, down, up, factor in self.terms():
             change[slot.start : slot.start + slot.size] += factor * (up.detach().float() @ down.detach().float())
         return change
@@ -259,6 +258,7 @@ class LoraMixin(WeightTuningMixin):
         """Drop features of what A reads, in training."""
         return F.dropout(x, self.dropout) if self.dropout > 0.0 and self.training else x
 
+    @innermost  # a prompt, or a patch of an image, is no word
     @non_conflict
     def word_embedding_forward(self, input_ids: Tensor, *, old_impl: Any, **kw: Any) -> Tensor:
         """Add the product to the table's rows: `[b, s]` to `[b, s, c]`; only where word_embeddings is a target."""

@@ -129,6 +129,8 @@ class TaskHeadsMixin(_Head):
         super().__init__(activation, pooling)
         if not heads:
             raise ConfigError("heads is empty: name at least one task and its outputs, as {'topic': 4}.")
+        if unfit := [task for task in heads if "." in task or not task or hasattr(nn.ModuleDict(), task)]:
+            raise ConfigError(f"heads: a module cannot be called '{unfit[0]}'. Give the task another name.")
         self.heads = nn.ModuleDict({
             task: make_layers(config, [sizes] if isinstance(sizes, int) else sizes, True, init_std)
             for task, sizes in heads.items()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sat_lightning.config import TransformerConfig
-from sat_lightning.errors import ConfigError
+from sat_lightning.errors import ConfigError, HookError
 from sat_lightning.hooks import non_conflict, passes_mask
 from sat_lightning.mixins.sat_form import Arguments, accepts_sat_form, sizes
 from sat_lightning.mixins.tuning import TuningMixin
@@ -42,7 +42,7 @@ class PrefixTuningMixin(TuningMixin):
         projection_size: m. Keys and values then come out of an MLP over one embedding, which trains more evenly;
             `folded()` is the same prefix without it. Default: they are the parameters themselves.
         first_position: where the positions of the sequence begin: n, where the prefix has those before, as in PEFT's
-            files for models with positions.
+            files. Relative positions then count the distance to it too.
 
     Raises:
         ConfigError: for a length below 1.
@@ -95,12 +95,26 @@ class PrefixTuningMixin(TuningMixin):
         if kw.get("cross_attention") or self.scale == 0.0:
             return old_impl(query, key, value, mask, dropout_fn, **kw)
         more_keys, more_values = self.keys_and_values(kw["layer_id"]).to(key.dtype)
+        if self.first_position:
+            place = (kw.get("appended_keys", 0), self.prefix_len)
+            kw = kw | {"front_keys": (*kw.get("front_keys", ()), place)}
         mask, kw = extend_mask(mask, self._weigh(kw, key), key.shape[2], self.prefix_len)
         key, value = (
             torch.cat([x, more.expand(x.shape[0], -1, -1, -1)], dim=2)
             for x, more in ((key, more_keys), (value, more_values))
         )
         return old_impl(query, key, value, mask, dropout_fn, **kw)
+
+    @property
+    def scale(self) -> float:
+        """Factor to the weight of the prefix, 0 or above."""
+        return self._scale
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        if not value >= 0:
+            raise HookError(f"PrefixTuningMixin: scale is {value}; the weight of a prefix cannot be below 0.")
+        self._scale = value
 
     def keys_and_values(self, layer_id: int) -> Tensor:
         """Return a layer's prefix, `[2, k, n, d]`."""

@@ -62,6 +62,8 @@ class PromptTuningMixin(TuningMixin):
         super().__init__()
         if prompt_len < 1:
             raise ConfigError(f"prompt_len is {prompt_len}, it must be at least 1.")
+        if init_token_ids is not None and not len(init_token_ids):
+            raise ConfigError("init_token_ids is empty: name words to start as, or leave it out to start at random.")
         self.config, self.prompt_len, self.keeps_prompt = config, prompt_len, keeps_prompt
         self.init_token_ids, self.num_kept_in_front = init_token_ids, prompt_len if keeps_prompt else 0
         self.prompt = nn.Parameter(torch.empty(prompt_len, config.hidden_size))

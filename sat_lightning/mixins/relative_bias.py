@@ -6,7 +6,7 @@ Legend: h heads, s query length, t key length.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -90,13 +90,23 @@ class RelativeBiasMixin(BaseMixin):
             return old_impl(query, key, value, mask, dropout_fn, **kw)
         if position_bias is None:
             length = key.shape[2] + waiting_keys(kw)
-            position_bias = self._bias(query, length, kw.get("appended_keys", 0))
+            position_bias = self._bias(query, length, kw.get("appended_keys", 0), kw.get("front_keys", ()))
         kw["output_cross_layer"]["position_bias"] = position_bias
         given = kw.pop("log_attention_weights", None)
         bias = position_bias if given is None else position_bias + given
         return old_impl(query, key, value, mask, dropout_fn, log_attention_weights=bias, **kw)
 
-    def _bias(self, query: Tensor, length: int, appended_keys: int) -> Tensor:
-        buckets = relative_buckets(query.shape[2], length - appended_keys, device=query.device, **self.buckets)  # type: ignore[arg-type]
+    def _bias(self, query: Tensor, length: int, appended_keys: int, front_keys: Sequence[tuple[int, int]]) -> Tensor:
+        """Return the bias of all keys; of those appended, `front_keys` (first, number) stand before the sequence."""
+        num_front = sum(number for _, number in front_keys)
+        num_keys = num_front + length - appended_keys
+        buckets = relative_buckets(query.shape[2], num_keys, device=query.device, **self.buckets)  # type: ignore[arg-type]
         bias = self.relative_attention_bias(buckets).permute(2, 0, 1)[None]  # [1, h, s, t]
-        return nn.functional.pad(bias, (0, appended_keys)) if appended_keys else bias
+        if not appended_keys:
+            return bias
+        in_front, bias = bias[..., :num_front], bias[..., num_front:]
+        for first, number in front_keys:
+            missing = length - appended_keys + first - bias.shape[-1]
+            bias = torch.cat([nn.functional.pad(bias, (0, missing)), in_front[..., :number]], dim=-1)
+            in_front = in_front[..., number:]
+        return nn.functional.pad(bias, (0, length - bias.shape[-1]))

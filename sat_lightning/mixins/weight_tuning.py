@@ -7,8 +7,7 @@ The base keeps its modules and the names of its parameters; an adapter's paramet
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import CheckpointError, ConfigError, HookError
 from sat_lightning.hooks import non_conflict
+from sat_lightning.mixins.linear_adapter import Adapter, Kept
 from sat_lightning.mixins.places import Place, Slot, choose, nested
 from sat_lightning.mixins.quantized import dense_weight, is_quantized, make_dense, replace_linear
 from sat_lightning.mixins.tuning import TuningMixin
@@ -24,37 +24,6 @@ from sat_lightning.model import BaseMixin
 
 if TYPE_CHECKING:
     from sat_lightning.model import BaseModel
-
-Kept = tuple[Tensor, Tensor | None]
-
-
-class Adapter(nn.Module):
-    """What is learnt about one linear.
-
-    Args:
-        place: the linear.
-        slots: its adapted rows.
-    """
-
-    def __init__(self, place: Place, slots: Sequence[Slot]) -> None:
-        super().__init__()
-        self.place_name, self.slots, self.is_table = place.name, tuple(slots), isinstance(place.module, nn.Embedding)
-        self.in_features, self.out_features = place.in_features, place.out_features
-
-    @abstractmethod
-    def merged(self, weight: Tensor, bias: Tensor | None, scale: float) -> Kept:
-        """Return the weight `[out, in]` and the bias that do in fp32 what base and adapter do."""
-
-    def reset(self, module: nn.Module) -> None:
-        """Set initial values that depend on the trained base."""
-
-
-def learned(place: Place, *shape: int) -> nn.Parameter:
-    """Return an empty parameter on the device of a linear; never below fp32, unless that is torch's default."""
-    weight: Any = place.module.weight
-    is_wide = weight.dtype in (torch.float32, torch.float64)
-    dtype = weight.dtype if is_wide else torch.get_default_dtype()
-    return nn.Parameter(torch.empty(*shape, device=weight.device, dtype=dtype))
 
 
 class WeightTuningMixin(TuningMixin):
@@ -154,23 +123,25 @@ class WeightTuningMixin(TuningMixin):
             HookError: if it is merged, disabled or not added, or would not be right; the message has the cure.
         """
         self._refuse_merge()
-        merged = {}
-        for module, adapter in self._adapters.items():
-            bias, weight = getattr(module, "bias", None), dense_weight(module)
-            merged[module] = adapter.merged(weight.float(), _float(bias), self.scale)
-            self._kept[module] = weight.clone(), None if bias is None else bias.clone()
-        for module, values in merged.items():
-            _fill(self._dense(module), values)
+        try:
+            for module, adapter in list(self._adapters.items()):
+                bias, weight = getattr(module, "bias", None), dense_weight(module)
+                values = adapter.merged(_wide(weight), _wide(bias), self.scale)
+                self._kept[module] = weight.clone(), None if bias is None else bias.detach().clone()
+                _fill(self._dense(module), values)
+        except BaseException:
+            self._restore()
+            raise
         super()._set_silent(True)
 
     def _dense(self, module: nn.Module) -> nn.Module:
         """Return a linear that can take any weight: itself, or what stands in for one of 4 bits from now on."""
         if not is_quantized(module):
             return module
-        values = self._kept.pop(module)
-        dense = make_dense(module, values[0])
-        replace_linear(self._owner, module, dense)  # type: ignore[arg-type]
+        weight, bias = values = self._kept.pop(module)
+        dense = make_dense(module, weight.clone(), None if bias is None else nn.Parameter(bias.clone(), False))
         self._kept[dense], self._quantized[dense] = values, module
+        replace_linear(self._owner, module, dense)  # type: ignore[arg-type]
         return dense
 
     @torch.no_grad()
@@ -182,22 +153,40 @@ class WeightTuningMixin(TuningMixin):
         """
         if not self._kept:
             raise HookError(f"This {type(self).__name__} is not merged.")
+        if self._owner is None:
+            raise HookError(f"This {type(self).__name__} was removed from the model, whose weights hold it for good.")
         for module, (weight, bias) in self._kept.items():
-            expected = self._adapters[module].merged(weight.float(), _float(bias), self.scale)
             now: tuple[Any, Any] = module.weight, getattr(module, "bias", None)
+            bias = None if bias is None else _wide(bias.to(now[0].device))
+            expected = self._adapters[module].merged(_wide(weight.to(now[0].device)), bias, self.scale)
             is_same = all(a is None or torch.equal(a, b.to(a.dtype)) for a, b in zip(now, expected, strict=True))
             if not is_same:
                 raise HookError(
                     f"{self._adapters[module].place_name} has changed since the merge: by another merge, which has to "
                     "be undone first, by training or by loading. To unmerge would lose that."
                 )
+        self._restore()
+        self._set_silent(False)
+
+    def _restore(self) -> None:
+        """Give the base what it had."""
         for module, values in self._kept.items():
             if module in self._quantized:
                 replace_linear(self._owner, module, self._quantized[module])  # type: ignore[arg-type]
             else:
                 _fill(module, values)
         self._kept, self._quantized = {}, {}
-        self._set_silent(False)
+
+    @property
+    def scale(self) -> float:
+        """Factor to what the method adds; see `TuningMixin.scale`."""
+        return self._scale
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        if self._kept:
+            raise HookError(f"This {type(self).__name__} is merged at scale {self._scale:g}. Call unmerge() first.")
+        self._scale = value
 
     def _set_silent(self, is_silent: bool) -> None:
         if self._kept:
@@ -229,11 +218,15 @@ class WeightTuningMixin(TuningMixin):
                     raise HookError(
                         f"{what} acts on what '{name}' makes of the same linears. Merge '{name}' first, or remove it."
                     )
-        head = self._owner.hooks.origins["final_forward"]
-        if any(adapter.is_table for adapter in self._adapters.values()) and head[-1] == "default":
+        has_table = any(adapter.is_table for adapter in self._adapters.values())
+        is_shared = getattr(self._owner.transformer.word_embeddings, "is_shared", False)
+        if has_table and (is_shared or self._owner.hooks.origins["final_forward"][-1] == "default"):
+            reader, cure = "the head", ", or give the model a head of its own (LMHeadMixin)"
+            if is_shared:
+                reader, cure = "another part", ""
             raise HookError(
-                f"{what} adapts word_embeddings, which score the words too: merged, it would change the head. Keep "
-                "it as an adapter, or give the model a head of its own (LMHeadMixin)."
+                f"{what} adapts word_embeddings, which {reader} reads too: merged, it would change {reader}. Keep it "
+                f"as an adapter{cure}."
             )
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -245,43 +238,9 @@ class WeightTuningMixin(TuningMixin):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
-@contextmanager
-def whole(*parameters: Any) -> Iterator[None]:  # noqa: ANN401
-    """Have parameters whole that ZeRO-3 has split over the ranks, to read and to fill; every rank must come here."""
-    split = [parameter for parameter in parameters if hasattr(parameter, "ds_tensor")]
-    for parameter in split:
-        parameter.all_gather()
-    try:
-        yield
-    finally:
-        for parameter in split:
-            parameter.partition(has_been_updated=True)
-
-
-def rows_of(adapter_ids: Tensor | None, own: int, adapter: Adapter, x: Tensor) -> Tensor | None:
-    """Return 1 for the samples of a batch that an adapter is for, 0 for others, to be multiplied with `x`-like tensors.
-
-    Raises:
-        ConfigError: where samples cannot be told apart.
-    """
-    if adapter_ids is None:
-        return None
-    if x.shape[0] != adapter_ids.shape[0]:
-        raise ConfigError(
-            f"adapter_ids has {adapter_ids.shape[0]} entries, and {adapter.place_name} reads {list(x.shape)}, without "
-            "an axis of samples (tokens of an expert have none). Leave such linears out of target."
-        )
-    return (adapter_ids == own).view(-1, *[1] * (x.dim() - 1))
-
-
-def check_patterns(patterns: Mapping[str, Any], used: set[str], option: str) -> None:
-    """Refuse patterns that no adapted linear matched."""
-    if unused := [text for text in patterns if text not in used]:
-        raise ConfigError(f"{option}: '{unused[0]}' matches no linear that `target` chose.")
-
-
-def _float(bias: Any) -> Tensor | None:  # noqa: ANN401
-    return None if bias is None else bias.detach().float()
+def _wide(x: Any) -> Any:  # noqa: ANN401
+    """Return a weight or a bias in the precision in which it is merged."""
+    return x if x is None else x.detach().to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _fill(module: nn.Module, values: Kept) -> None:

@@ -106,6 +106,7 @@ class EncoderDecoderModel(ComposedModel):
         self.tie_word_embeddings = tie_word_embeddings
         if tie_word_embeddings:
             self.decoder.transformer.word_embeddings = self.encoder.transformer.word_embeddings
+            self.encoder.transformer.word_embeddings.is_shared = True
 
     def encode(
         self, input_ids: Tensor, position_ids: Tensor | None = OMITTED, attention_mask: MaskLike = None, **kw: Any

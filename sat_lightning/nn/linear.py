@@ -69,6 +69,9 @@ class PatchLinear(nn.Conv2d):
 class Embedding(nn.Embedding):
     """`nn.Embedding` whose table starts by `init_method`."""
 
+    #: Whether several parts of a model read it.
+    is_shared: bool = False
+
     def __init__(self, num_embeddings: int, embedding_dim: int, init_method: InitMethod) -> None:
         self._init_method = init_method
         super().__init__(num_embeddings, embedding_dim)

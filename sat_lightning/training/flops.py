@@ -62,8 +62,19 @@ def size_of(parameter: Tensor) -> int:
     Args:
         parameter: whole or sharded.
     """
-    size: int = getattr(parameter, "ds_numel", parameter.numel())
+    state = getattr(parameter, "quant_state", None)  # of 4 bits, two in a byte
+    size: int = getattr(parameter, "ds_numel", parameter.numel()) if state is None else state.shape.numel()
     return size
+
+
+def bytes_of(parameter: Tensor) -> int:
+    """Return the bytes of a parameter, whole.
+
+    Args:
+        parameter: whole or sharded.
+    """
+    is_packed = getattr(parameter, "quant_state", None) is not None
+    return (parameter.numel() if is_packed else size_of(parameter)) * parameter.element_size()
 
 
 def _matrices(model: BaseModel) -> Iterator[tuple[int, float, Tensor]]:

@@ -27,11 +27,15 @@ def freeze_parameters(
     Raises:
         ConfigError: a pattern is malformed or matches nothing, or nothing would train.
     """
-    parameters = dict(model.named_parameters())
+    # One that several modules share has several names, and each of them means it.
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     if trainable is not None:
         chosen = _find("trainable", trainable, list(parameters))
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(name in chosen)
+        if whole := [name for name in sorted(chosen) if not parameters[name].is_floating_point()]:
+            raise ConfigError(f"trainable: {whole[0]} is in 4 bits, and cannot train. Leave it out of the patterns.")
+        trained = {id(parameters[name]) for name in chosen}
+        for parameter in parameters.values():
+            parameter.requires_grad_(id(parameter) in trained)
     for name in _find("frozen", frozen or (), list(parameters)):
         parameters[name].requires_grad_(False)
     if (trainable is not None or frozen) and not any(p.requires_grad for p in parameters.values()):

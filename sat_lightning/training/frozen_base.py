@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.strategies import Strategy
 from torch import nn
 
-from sat_lightning.checkpoint.content import add_tensor
+from sat_lightning.checkpoint.content import add_tensor, with_constants
 from sat_lightning.checkpoint.report import some
 from sat_lightning.checkpoint.split import full_shape, is_split
 from sat_lightning.errors import CheckpointError
@@ -21,13 +21,13 @@ _HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def frozen_names(module: nn.Module) -> set[str]:
-    """Return the names of frozen parameters, all of them where modules share one.
+    """Return the names of frozen parameters in a state dict, all of them where modules share one.
 
     Args:
         module: any module.
     """
     parameters = module.named_parameters(remove_duplicate=False)
-    return {name for name, parameter in parameters if not parameter.requires_grad}
+    return {name for name, _ in with_constants(item for item in parameters if not item[1].requires_grad)}
 
 
 def describe_base(module: nn.Module, strategy: Strategy | None = None) -> dict[str, Any]:
@@ -41,7 +41,8 @@ def describe_base(module: nn.Module, strategy: Strategy | None = None) -> dict[s
         `sha256` over names, types, shapes and bytes in the order of the names, `num_tensors`, `precisions` and, for
         each half precision that this base may be cast to, the SHA-256 it would have then (`rounded`).
     """
-    frozen = sorted((name, p) for name, p in module.named_parameters() if not p.requires_grad)
+    parameters = ((name, p) for name, p in module.named_parameters() if not p.requires_grad)
+    frozen = sorted(with_constants(parameters), key=lambda item: item[0])
     is_first = strategy is None or strategy.is_global_zero
     precisions = sorted({str(p.dtype).removeprefix("torch.") for _, p in frozen if p.is_floating_point()})
     digests = {"": hashlib.sha256()}

@@ -17,6 +17,7 @@ from sat_lightning.checkpoint.fitting import Incoming, fit
 from sat_lightning.checkpoint.report import Tolerance, some
 from sat_lightning.checkpoint.split import copy_into, full_shape, is_split
 from sat_lightning.errors import CheckpointError
+from sat_lightning.mixins.quantized import QuantizedBaseMixin, make_all_dense
 from sat_lightning.model import BaseModel
 from sat_lightning.training.checkpoints import FOLDER_STATE_NAME, AtomicCheckpointIO
 from sat_lightning.training.frozen_base import FROZEN_BASE_KEY, refuse_differing
@@ -59,6 +60,8 @@ def _read_weights(module: L.LightningModule, path: Path) -> None:
         _fill(module, _weights_of_run(path), path)
         return
     factories = getattr(module, "_mixin_factories", {})
+    if any(isinstance(mixin, QuantizedBaseMixin) for mixin in model.mixins.values()):
+        make_all_dense(model)  # to be filled; `reinit` puts it into 4 bits again
     added, removed = (
         tuple(f"mixins.{name}.*" for name in factories if (name in model.mixins) == is_there)
         for is_there in (True, False)

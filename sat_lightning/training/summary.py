@@ -6,7 +6,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from sat_lightning.training.flops import size_of
+from sat_lightning.training.flops import bytes_of, size_of
 from sat_lightning.training.runs import is_trial, steps_per_epoch, total_steps, write_whole
 
 FILE_NAME = "summary.txt"
@@ -46,7 +46,7 @@ def describe_parameters(model: nn.Module) -> str:
         trains, frozen, num_bytes = blocks.get(_block_of(name), (0, 0, 0))
         size = size_of(parameter)
         trains, frozen = (trains + size, frozen) if parameter.requires_grad else (trains, frozen + size)
-        blocks[_block_of(name)] = (trains, frozen, num_bytes + size * parameter.element_size())
+        blocks[_block_of(name)] = (trains, frozen, num_bytes + bytes_of(parameter))
     blocks["total"] = tuple(map(sum, zip(*blocks.values(), strict=True))) or (0, 0, 0)  # type: ignore[assignment]
     width = max(len("parameters"), *map(len, blocks))
     lines = [f"{'parameters':<{width}}  {'trainable':>15}  {'frozen':>15}  {'MiB':>10}"]

@@ -6,6 +6,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
+from sat_lightning.checkpoint.native import refuse_quantized
+from sat_lightning.model.registry import AnyModel
 from sat_lightning.training.consolidation import save_consolidated
 from sat_lightning.training.runs import is_trial, run_folder
 
@@ -24,6 +26,15 @@ class ExportModel(L.Callback):
     def __init__(self, folder_name: str = "model") -> None:
         super().__init__()
         self.folder_name = folder_name
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Look, before a run of hours, whether a folder can hold the model.
+
+        Raises:
+            CheckpointError: linears are in 4 bits.
+        """
+        if isinstance(model := getattr(pl_module, "model", None), AnyModel):
+            refuse_quantized(model)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write what the checkpoint holds; every rank has to call this."""

@@ -15,6 +15,7 @@ import torch
 
 from sat_lightning.checkpoint import AutoModel, load_peft, save_huggingface, save_pretrained, save_sat
 from sat_lightning.checkpoint.adapters import CONFIG_NAME, load_adapter
+from sat_lightning.checkpoint.files import read_json
 from sat_lightning.checkpoint.merge import merge_adapters
 from sat_lightning.checkpoint.native import all_mixins
 from sat_lightning.checkpoint.peft import CONFIG_NAME as PEFT_CONFIG_NAME
@@ -48,7 +49,7 @@ def run_merge(verb: str, words: list[str]) -> None:
     parser.add_argument("--base", metavar="PATH", help="what the adapter was trained on: a folder or a known name")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="a new folder")
     parser.add_argument("--to", choices=_WRITERS, default="native", help="the format of FOLDER; default: native")
-    parser.add_argument("--dtype", choices=_DTYPES, help="of what is written; default: that of the base")
+    parser.add_argument("--dtype", choices=_DTYPES, help="of what is written; default: the base's")
     parser.add_argument("--keep", action="append", default=[], metavar="NAME", help="a mixin that is not merged")
     options = parser.parse_args(words)
     target = Path(options.output)
@@ -80,6 +81,9 @@ def load_finetuned(path: str, base: str | None = None) -> Any:  # noqa: ANN401
         return load_model(path, base=base)
     if base is None:
         raise CheckpointError(f"{path} is an adapter. Give the model that it was trained on: --base PATH.")
-    model = AutoModel.from_pretrained(base, dtype="auto")
+    dtype: Any = "auto"
+    if is_ours and (trained_in := read_json(folder / CONFIG_NAME).get("base_dtype")) in _DTYPES:
+        dtype = _DTYPES[trained_in]  # a file in half precision may have been trained in full, and is known by its bytes
+    model = AutoModel.from_pretrained(base, dtype=dtype)
     load_adapter(model, folder) if is_ours else load_peft(model, folder)
     return model

@@ -1,0 +1,80 @@
+"""What is learnt about one linear, and what every kind of it needs."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sat_lightning.errors import ConfigError
+from sat_lightning.mixins.places import Place, Slot
+
+Kept = tuple[Tensor, Tensor | None]
+
+
+class Adapter(nn.Module):
+    """What is learnt about one linear.
+
+    Args:
+        place: the linear.
+        slots: its adapted rows.
+    """
+
+    def __init__(self, place: Place, slots: Sequence[Slot]) -> None:
+        super().__init__()
+        self.place_name, self.slots, self.is_table = place.name, tuple(slots), isinstance(place.module, nn.Embedding)
+        self.in_features, self.out_features = place.in_features, place.out_features
+
+    @abstractmethod
+    def merged(self, weight: Tensor, bias: Tensor | None, scale: float) -> Kept:
+        """Return the weight `[out, in]` and the bias that do in fp32 what base and adapter do."""
+
+    def reset(self, module: nn.Module) -> None:
+        """Set initial values that depend on the trained base."""
+
+
+def learned(place: Place, *shape: int) -> nn.Parameter:
+    """Return an empty parameter on the device of a linear; never below fp32, unless that is torch's default."""
+    weight: Any = place.module.weight
+    is_wide = weight.dtype in (torch.float32, torch.float64)
+    dtype = weight.dtype if is_wide else torch.get_default_dtype()
+    return nn.Parameter(torch.empty(*shape, device=weight.device, dtype=dtype))
+
+
+@contextmanager
+def whole(*parameters: Any) -> Iterator[None]:  # noqa: ANN401
+    """Have parameters whole that ZeRO-3 has split over the ranks, to read and to fill; every rank must come here."""
+    split = [parameter for parameter in parameters if hasattr(parameter, "ds_tensor")]
+    for parameter in split:
+        parameter.all_gather()
+    try:
+        yield
+    finally:
+        for parameter in split:
+            parameter.partition(has_been_updated=True)
+
+
+def rows_of(adapter_ids: Tensor | None, own: int, adapter: Adapter, x: Tensor) -> Tensor | None:
+    """Return 1 for the samples of a batch that an adapter is for, 0 for others, to be multiplied with `x`-like tensors.
+
+    Raises:
+        ConfigError: where samples cannot be told apart.
+    """
+    if adapter_ids is None:
+        return None
+    if x.dim() < 3 or x.shape[0] != adapter_ids.shape[0]:
+        raise ConfigError(
+            f"adapter_ids has {adapter_ids.shape[0]} entries, and {adapter.place_name} reads {list(x.shape)}, without "
+            "an axis of samples (tokens of an expert have none). Leave such linears out of target."
+        )
+    return (adapter_ids == own).view(-1, *[1] * (x.dim() - 1))
+
+
+def check_patterns(patterns: Mapping[str, Any], used: set[str], option: str) -> None:
+    """Refuse patterns that no adapted linear matched."""
+    if unused := [text for text in patterns if text not in used]:
+        raise ConfigError(f"{option}: '{unused[0]}' matches no linear that `target` chose.")
