@@ -56,7 +56,7 @@ def ours(folder: Path, method: str, head: dict[str, Tensor]) -> tuple[nn.Module,
     from sat_lightning.models import BertModel
     from sat_lightning.training.freezing import freeze_base
 
-    model = BertModel.from_pretrained(folder)
+    model = BertModel.from_pretrained(folder, hidden_dropout=0.0, attention_dropout=0.0)
     for name in ("bert-final", "pooler"):  # the one that the files have
         if name in model.mixins:
             model.del_mixin(name)
@@ -76,7 +76,8 @@ def theirs(folder: Path, method: str, head: dict[str, Tensor]) -> tuple[nn.Modul
     from peft import LoraConfig, PrefixTuningConfig, get_peft_model
     from transformers import BertModel
 
-    body: Any = BertModel.from_pretrained(folder, add_pooling_layer=False)
+    without_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    body: Any = BertModel.from_pretrained(folder, add_pooling_layer=False, **without_dropout)
     configs: dict[str, Any] = {
         "prefix": PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=PREFIX_LENGTH),
         "lora": LoraConfig(
@@ -226,7 +227,7 @@ def report(arguments: argparse.Namespace, results: dict[tuple[str, str], list[di
     return "\n".join([
         f"### MiniLM on SST-2{', a try with 256 sentences' if arguments.quick else ''}, {arguments.device}", "",
         timing.machine(arguments.device),
-        f"Seeds {arguments.seeds}, {arguments.epochs} epochs, batch size {BATCH_SIZE}, fp32, exact GELU, dropout 0.1; "
+        f"Seeds {arguments.seeds}, {arguments.epochs} epochs, batch size {BATCH_SIZE}, fp32, exact GELU, no dropout; "
         f"median [min..max]; {note}; speed and memory beside {THEIRS} (full: without PEFT), paired by seed.",
         "PEFT has no bottleneck adapters and refuses prefix-tuning together with LoRA.", "", timing.table(header, rows),
         "",
