@@ -8,11 +8,13 @@ from torch.testing import assert_close
 
 from sat_lightning import AutoModel, BaseMixin, BaseModel, TransformerConfig, non_conflict
 from sat_lightning.errors import ConfigError, HookConflictError
+from sat_lightning.generation import generate
 from sat_lightning.hooks import passes_mask
 from sat_lightning.mixins import LocalAttentionMixin, PastKeyValuesMixin, PrefixTuningMixin, PTuningV2Mixin
 from sat_lightning.mixins.relative_bias import RelativeBiasMixin
 from sat_lightning.models import GPT2Model
-from tests.families import FAMILIES
+from tests.families import FAMILIES, ids
+from tests.test_generate import Watched, uncached
 
 TINY = TransformerConfig(num_layers=2, hidden_size=32, num_attention_heads=4, vocab_size=60, max_sequence_length=24)
 LENGTH = 3
@@ -300,3 +302,34 @@ def test_gpt2_stays_causal():
     before, after = model(ids)[0], model(changed)[0]
     assert_close(after[:, :6], before[:, :6])
     assert (after[:, 6:] - before[:, 6:]).abs().max() > 1e-3
+
+
+def with_prefixes(family, *settings):
+    """Add prefixes of (length, first position) to the part that writes; each has its own values, wherever it stands."""
+    model = FAMILIES[family].build().eval()
+    part = getattr(model, "decoder", model)
+    for index, (length, first_position) in enumerate(settings):
+        mixin = PrefixTuningMixin(part.config, length, first_position=first_position)
+        part.add_mixin(f"prefix-{index}", mixin)
+        generator = torch.Generator().manual_seed(length)
+        with torch.no_grad():
+            for parameter in mixin.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize("settings", [[(3, 3)], [(3, 3), (2, 0)]])
+@pytest.mark.parametrize("family", ["t5", "gpt2", "llama"])
+def test_a_prefix_in_front_is_as_far_away_with_a_cache_as_without(family, settings):
+    model, row = with_prefixes(family, *settings), ids(1, 5, seed=1)[0].tolist()
+    strategy = Watched()
+    generate(model, [row], max_new_tokens=6, strategy=strategy)
+    _, logits = uncached(model, row, 6, 0 if family == "t5" else None)
+    assert_close(torch.stack(strategy.seen, dim=1)[0], logits, atol=1e-5, rtol=1e-4)
+
+
+def test_distances_to_a_prefix_do_not_depend_on_the_order_of_prefixes():
+    found = [FAMILIES["t5"].run(with_prefixes("t5", *order)) for order in ([(3, 3), (2, 0)], [(2, 0), (3, 3)])]
+    assert_close(*found, atol=1e-5, rtol=1e-5)
+    nowhere = FAMILIES["t5"].run(with_prefixes("t5", (3, 0), (2, 0)))
+    assert (found[0] - nowhere).abs().max() > 1e-4

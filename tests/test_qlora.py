@@ -192,7 +192,7 @@ model:
       class_path: sat_lightning.AutoModel.from_pretrained
       init_args: {name: base}
     mixins:
-      base: {class_path: sat_lightning.mixins.QuantizedBaseMixin}
+      base: {class_path: QuantizedBaseMixin}
       lora: {class_path: sat_lightning.mixins.LoraMixin, init_args: {rank: 2, target: layers}}
     optim: {learning_rate: 0.02}
 data:
