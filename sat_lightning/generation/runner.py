@@ -19,7 +19,7 @@ from sat_lightning.generation.layout import Visibility, lay_out
 from sat_lightning.generation.packed import PackedWeights
 from sat_lightning.generation.prompts import pad_left, pad_right
 from sat_lightning.hooks import non_conflict
-from sat_lightning.mixins import KeyValueCache, StaticCacheMixin
+from sat_lightning.mixins import KeyValueCache, LocalAttentionMixin, StaticCacheMixin
 from sat_lightning.model import BaseMixin, BaseModel, ComposedModel, EncoderDecoderModel
 from sat_lightning.nn.linear import Embedding
 
@@ -85,6 +85,15 @@ def longest_of(model: BaseModel) -> int | None:
     """Return how many positions a model can number, None where there is no limit."""
     has_table = isinstance(model.transformer.position_embeddings, Embedding)
     return model.config.max_sequence_length if has_table else None
+
+
+def windows_of(model: BaseModel) -> dict[int, int]:
+    """Return by layer how many keys a query sees, where that is a window."""
+    found: dict[int, int] = {}
+    for mixin in model.mixins.values():
+        if isinstance(mixin, LocalAttentionMixin):
+            found |= {i: min(window, found.get(i, window)) for i, window in enumerate(mixin.windows) if window}
+    return found
 
 
 def kept_dtype(model: torch.nn.Module) -> torch.dtype | None:
@@ -177,7 +186,10 @@ class Runner:
         self.layout = lay_out(self.writer, self.rows, capacity, visibility)
         lengths = torch.tensor([len(row) for row in self.rows])
         padding = None if min(map(len, self.rows)) == self.num_prompt else (self.num_prompt - lengths).to(self.device)
-        self.cache = KeyValueCache(capacity + options.num_spare, dtype=options.cache_dtype, padding=padding)
+        self.cache = KeyValueCache(
+            capacity + options.num_spare,
+            dtype=options.cache_dtype, padding=padding, windows=windows_of(self.writer), num_spare=options.num_spare,
+        )  # fmt: skip
         self.cross: dict[str, Any] = {}
         self.row_kw = {name: value.to(self.device) for name, value in options.row_kw.items()}
         self.positions = self.layout.position_ids

@@ -49,7 +49,8 @@ class LocalAttentionMixin(BaseMixin):
         waiting = waiting_keys(kw)
         length = waiting + key.shape[2] - appended
         window = self.windows[kw["layer_id"]]
-        is_narrowed = self.is_causal or (window is not None and window < length)
+        hides_later = self.is_causal and query.shape[2] > 1  # behind the last query there is nothing
+        is_narrowed = hides_later or (window is not None and window < length)
         if is_narrowed and not kw.get("cross_attention"):
             mask, kw = reach_back(mask, waiting, key.shape[2], kw)
             mask, kw = self._narrow(mask, kw, query, length, appended, window)

@@ -5,7 +5,7 @@ Legend: b batch, k key/value heads, s query length, t key length, d head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from sat_lightning.errors import InputError
 from sat_lightning.hooks import non_conflict, passes_mask
 from sat_lightning.model import BaseMixin
-from sat_lightning.nn.masks import lower_right_causal, reach_back
+from sat_lightning.nn.masks import leave_out, lower_right_causal, reach_back
 
 Heads = tuple[Tensor, Tensor]
+Tensors = tuple[Tensor, ...]
+#: Slots of a layer with a window beside those that are needed: its keys are moved once in so many tokens.
+_SLACK = 64
 
 
 class KeyValueCache:
@@ -25,14 +28,28 @@ class KeyValueCache:
     A forward with `cache=` writes its s new tokens behind the `length` that are there, and attends to all of them; then
     the caller says `cache.advance(s)`. Memory is taken when a layer first writes.
 
+    Where a layer sees only a window, what is out of its sight is forgotten: its memory is bounded by the window, and a
+    token's keys are moved to the front once in every `_SLACK` tokens. Positions and masks are those of the whole text.
+
     Args:
         capacity: tokens it can hold.
         dtype: in which keys and values are kept: a floating dtype, which attention then computes in, or `torch.int8`
             with one scale for each token and head. Default: their own.
         padding: `[b]`, how many of the first tokens of each row are padding, hidden from every query. Default: none.
+        windows: by layer, how many keys its queries see, their own among them; a `LocalAttentionMixin` must see to it.
+            Layers that are not named see all.
+        num_spare: how many of the newest tokens `crop` and `align` may forget again, where there are windows.
     """
 
-    def __init__(self, capacity: int, *, dtype: torch.dtype | None = None, padding: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        dtype: torch.dtype | None = None,
+        padding: Tensor | None = None,
+        windows: Mapping[int, int] | None = None,
+        num_spare: int = 0,
+    ) -> None:
         self.capacity, self.dtype, self.length = capacity, dtype, 0
         self.is_token: Tensor | None = None
         """`[b, 1, 1, capacity]`, False where a slot holds padding; None where no slot does."""
@@ -43,9 +60,19 @@ class KeyValueCache:
         """Keys and values by layer; under `torch.int8` followed by their scales `[b, k, capacity, 1]`."""
         self.cross: dict[int, Heads] = {}
         """Keys and values of the encoder's outputs by layer: the `encoder_outputs` of every later call."""
+        self.dropped = 0
+        """How many of the oldest tokens layers with a window have forgotten."""
+        self._num_seen = max((windows or {}).values(), default=1) - 1  # tokens that a new one sees, in such layers
+        self._num_kept = self._num_seen + num_spare
+        self._room = self._num_kept + num_spare + _SLACK
+        self._num_next = num_spare + 1  # tokens for which there is always room
+        self._rolling = frozenset(windows or ()) if self._room < capacity else frozenset()
 
     def write(self, layer_id: int, key: Tensor, value: Tensor) -> Heads:
-        """Store s new tokens `[b, k, s, d]` of a layer, and return all it then has, `[b, k, length + s, d]` both.
+        """Store s new tokens `[b, k, s, d]` of a layer, and return all that they may see.
+
+        Returns:
+            Keys and values `[b, k, length + s, d]`; of a layer with a window only the last of them.
 
         Raises:
             InputError: if they do not fit.
@@ -57,22 +84,49 @@ class KeyValueCache:
                 f"with capacity={stop} or above."
             )
         if layer_id not in self.layers:
-            self.layers[layer_id] = self._allocate(key, value)
-        buffers = self.layers[layer_id]
+            self.layers[layer_id] = self._allocate(key, value, self._room if layer_id in self._rolling else None)
+        buffers, first = self.layers[layer_id], 0
+        new = (*_quantise(key), *_quantise(value)) if self.dtype is torch.int8 else (key, value)
+        if layer_id in self._rolling:
+            start, stop, first = (
+                start - self.dropped,
+                stop - self.dropped,
+                max(start - self.dropped - self._num_seen, 0),
+            )
+        if stop <= buffers[0].shape[2]:
+            _put(buffers, new, start)
+            held = [buffer.narrow(2, first, stop - first) for buffer in buffers]
+        else:
+            held = self._replace(buffers, new, first, start)
         if self.dtype is torch.int8:
-            _put(buffers, (*_quantise(key), *_quantise(value)), start)
-            held = [buffer.narrow(2, 0, stop) for buffer in buffers]
             return held[0] * held[1].to(key.dtype), held[2] * held[3].to(value.dtype)
-        _put(buffers, (key, value), start)
-        return buffers[0].narrow(2, 0, stop), buffers[1].narrow(2, 0, stop)
+        return held[0], held[1]
 
     def advance(self, num_tokens: int) -> None:
         """Count the tokens that the last forward wrote as held."""
         self.length += num_tokens
+        held = self.length - self.dropped
+        if not self._rolling or held + self._num_next <= self._room:
+            return
+        if held <= self._room:  # otherwise `write` has done it
+            for layer_id in self._rolling & self.layers.keys():
+                for buffer in self.layers[layer_id]:
+                    buffer[:, :, : self._num_kept] = buffer[:, :, held - self._num_kept : held].clone()
+        self.dropped = self.length - self._num_kept
 
     def crop(self, length: int) -> None:
-        """Forget all tokens but the first `length`."""
-        self.length = min(self.length, length)
+        """Forget all tokens but the first `length`.
+
+        Raises:
+            InputError: if the next token would see some that were forgotten before.
+        """
+        length = min(self.length, length)
+        if self.dropped > max(length - self._num_seen, 0):
+            raise InputError(
+                f"A cache with windows cannot go back from {self.length} tokens to {length}: it holds those from "
+                f"{self.dropped} on, and the next sees {self._num_seen} before it. Make it with a larger num_spare."
+            )
+        self.length = length
 
     def align(self, ends: Tensor, counts: Tensor, length: int) -> None:
         """Let each row keep tokens up to a slot of its own, and put them one beneath the other again.
@@ -83,13 +137,16 @@ class KeyValueCache:
             length: slots held afterwards, the newest token of each row in the last.
         """
         places = torch.arange(self.capacity, device=ends.device)
-        source = (ends[:, None] - length + places[:length]).clamp(min=0)[:, None, :, None]
-        for buffers in self.layers.values():
+        dropped = max(length - self._num_kept, 0) if self._rolling else 0
+        source = ends[:, None] - length + places[:length]
+        for layer_id, buffers in self.layers.items():
+            is_rolling = layer_id in self._rolling
+            slots = source[:, dropped:] - self.dropped if is_rolling else source
             for buffer in buffers:
-                index = source.expand(-1, buffer.shape[1], -1, buffer.shape[3])
-                buffer[:, :, :length].copy_(buffer.gather(2, index))
+                index = slots.clamp(min=0)[:, None, :, None].expand(-1, buffer.shape[1], -1, buffer.shape[3])
+                buffer[:, :, : index.shape[2]] = buffer.gather(2, index)
         self.is_token = (places >= (length - counts)[:, None])[:, None, None]
-        self.length = length
+        self.length, self.dropped = length, dropped
 
     def reorder(self, rows: Tensor) -> None:
         """Let row i go on from what row `rows[i]` holds, `[b]`; the number of rows may change."""
@@ -97,20 +154,28 @@ class KeyValueCache:
             if buffers[0].shape[0] != rows.shape[0]:
                 grown = [x.new_empty(rows.shape[0], *x.shape[1:]) for x in buffers]
                 self.layers[layer_id] = tuple(grown)
+            held = self.length - self.dropped if layer_id in self._rolling else self.length
             for new, buffer in zip(self.layers[layer_id], buffers, strict=True):
-                new[:, :, : self.length].copy_(buffer[:, :, : self.length].index_select(0, rows))
+                new[:, :, :held].copy_(buffer[:, :, :held].index_select(0, rows))
         self.cross = {i: (k.index_select(0, rows), v.index_select(0, rows)) for i, (k, v) in self.cross.items()}
         if self.is_token is not None:
             self.is_token = self.is_token.index_select(0, rows)
 
-    def _allocate(self, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    def _allocate(self, key: Tensor, value: Tensor, num_slots: int | None) -> tuple[Tensor, ...]:
         def room(like: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-            return like.new_empty(*like.shape[:2], self.capacity, size, dtype=dtype)
+            return like.new_empty(*like.shape[:2], num_slots or self.capacity, size, dtype=dtype)
 
         if self.dtype is torch.int8:
             pairs = [(room(x, x.shape[3], torch.int8), room(x, 1, torch.float32)) for x in (key, value)]
             return (*pairs[0], *pairs[1])
         return tuple(room(x, x.shape[3], self.dtype or x.dtype) for x in (key, value))
+
+    def _replace(self, buffers: Tensors, new: Tensors, first: int, start: int) -> list[Tensor]:
+        """Return tokens from slot `first` to `start` and new ones that are too many to be kept; keep the newest."""
+        pairs = zip(buffers, new, strict=True)
+        joined = [torch.cat([old[:, :, first:start], x.to(old.dtype)], dim=2) for old, x in pairs]
+        _put(buffers, [x[:, :, x.shape[2] - self._num_kept :] for x in joined], 0)
+        return joined
 
 
 class StaticCacheMixin(BaseMixin):
@@ -149,15 +214,17 @@ class StaticCacheMixin(BaseMixin):
             mask, kw = reach_back(mask, cache.length, num_new, kw)
         else:
             if mask_of_cache is None or mask_of_cache[0] is not mask:  # most layers have the same
-                mask_of_cache = (mask, *_widen(mask, cache.is_token, query, key, kw))
+                mask_of_cache = (mask, *_widen(mask, cache.is_token, query, cache.length + num_new, kw))
             kw["output_cross_layer"]["mask_of_cache"] = mask_of_cache
             _, mask, is_binary = mask_of_cache
             kw["binary_masks"] = (*kw.get("binary_masks", ()), mask) if is_binary else kw.get("binary_masks", ())
+        if num_gone := cache.length + num_new - key.shape[2]:
+            mask, kw = leave_out(mask, num_gone, key.shape[2], kw)
         context = old_impl(query.to(key.dtype), key, value, mask, dropout_fn, **kw, is_cached=True)
         return context.to(query.dtype)
 
 
-def _put(buffers: tuple[Tensor, ...], tensors: tuple[Tensor, ...], start: int) -> None:
+def _put(buffers: Sequence[Tensor], tensors: Sequence[Tensor], start: int) -> None:
     for buffer, new in zip(buffers, tensors, strict=True):
         buffer.narrow(2, start, new.shape[2]).copy_(new)
 
@@ -180,9 +247,9 @@ def _exchange(cache: KeyValueCache, key: Tensor, value: Tensor, kw: dict[str, An
     return joined[0], joined[1]
 
 
-def _widen(mask: Tensor, is_token: Tensor, query: Tensor, key: Tensor, kw: dict[str, Any]) -> tuple[Tensor, bool]:
-    """Return the mask over all keys, without padding, and whether it is known to hold only 0 and 1."""
-    s, t, appended = query.shape[2], key.shape[2], kw.get("appended_keys", 0)
+def _widen(mask: Tensor, is_token: Tensor, query: Tensor, t: int, kw: dict[str, Any]) -> tuple[Tensor, bool]:
+    """Return the mask over all t keys, without padding, and whether it is known to hold only 0 and 1."""
+    s, appended = query.shape[2], kw.get("appended_keys", 0)
     length = t - appended
     if mask is kw.get("causal_mask") or mask is kw.get("full_mask"):
         is_causal, is_binary = mask is kw.get("causal_mask") and s > 1, True

@@ -144,6 +144,31 @@ def reach_back(mask: Tensor, num_past: int, num_new: int, kw: dict[str, Any]) ->
     return wide, kw
 
 
+def leave_out(mask: Tensor, num_gone: int, num_keys: int, kw: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Narrow a mask, and log attention weights, by the oldest keys, which a cache keeps no longer.
+
+    Args:
+        mask: `[.., s, t]`; one with columns for other than all keys is left as it is.
+        num_gone: the oldest keys, which are left out.
+        num_keys: the keys that there are.
+        kw: keywords of the hook; what is known of the mask is known of the narrower one.
+
+    Returns:
+        The mask and the keywords.
+    """
+    weights = kw.get("log_attention_weights")
+    if weights is not None and weights.shape[-1] == num_gone + num_keys:
+        kw = kw | {"log_attention_weights": weights[..., num_gone:]}
+    if mask.shape[-1] != num_gone + num_keys:
+        return mask, kw
+    near = mask[..., num_gone:]
+    if mask is kw.get("causal_mask"):
+        kw = kw | {"causal_mask": near}
+    if any(mask is known for known in kw.get("binary_masks", ())):
+        kw = kw | {"binary_masks": (*kw["binary_masks"], near)}
+    return near, kw
+
+
 def read_padding(attention_mask: MaskLike, input_ids: Tensor) -> MaskLike:
     """Read a mask `[b, t]`, 1 for a token and 0 for padding, as `[b, 1, 1, t]`; anything else passes unchanged.
 
