@@ -11,10 +11,12 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ThroughputMonitor
 from lightning.pytorch.loggers import CSVLogger
 from torch.nn import functional as F
 
+from sat_lightning import BaseMixin
 from sat_lightning.data import ByteTokenizer
 from sat_lightning.errors import ConfigError
 from sat_lightning.generation import sample_continuation, sample_token
 from sat_lightning.training import CurvePlotter, RunMonitor, SampleText, TrainingProgressBar, count_rows, count_tokens
+from sat_lightning.training.callbacks import sample as sample_module
 from sat_lightning.training.callbacks.curves import _distinct, draw_curves, find_columns, read_curves
 from sat_lightning.training.runs import write_whole
 from tests.training_examples import CountingData, counting_loader, make_model, make_task, make_trainer
@@ -248,3 +250,43 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch: pytest.Mon
     with pytest.raises(TypeError):
         write_whole(path, "text")  # fails before it is renamed
     assert path.read_bytes() == b"old" and list(path.parent.iterdir()) == [path]
+
+
+def test_a_sample_from_a_cache_is_the_one_that_is_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    task = make_task(make_model(vocab_size=257, max_sequence_length=32))
+    trainer = make_trainer(1)
+    trainer.fit(ForeignModule(), TextData())
+    with torch.no_grad():
+        for parameter in task.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    lengths: list[int] = []
+    task.model.register_forward_pre_hook(lambda model, args, kwargs: lengths.append(args[0].shape[1]), with_kwargs=True)
+    before, names = torch.get_rng_state(), list(task.model.mixins)
+    for length, temperature in ((32, 0.9), (8, 0.9), (32, 0.0)):
+        sample = SampleText("abc", num_tokens=20, context_length=length, temperature=temperature, seed=3)
+        lengths.clear()
+        text = sample.sample(trainer, task.train())
+        assert task.training and task.model.training and list(task.model.mixins) == names
+        read = sum(lengths)
+        with monkeypatch.context() as patch:
+            patch.setattr(sample_module, "_plain_model", lambda module: None)
+            lengths.clear()
+            assert sample.sample(trainer, task) == text
+        assert sum(lengths) > read and (read == 22) == (length == 32)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_sample_of_a_layer_without_a_cache_is_read_anew() -> None:
+    class OwnAttention(BaseMixin):
+        def attention_forward(self, hidden_states, mask, **kw):
+            return hidden_states
+
+    task, trainer = make_task(make_model(vocab_size=257)), make_trainer(1)
+    trainer.fit(ForeignModule(), TextData())
+    assert sample_module._plain_model(task) is task.model
+    task.model.add_mixin("own", OwnAttention())
+    text = SampleText("abc", num_tokens=5).sample(trainer, task)
+    assert text.startswith("abc") and SampleText("abc", num_tokens=5).sample(trainer, task) == text
+    task.model.compile(backend="eager")
+    assert sample_module._plain_model(task) is None and sample_module._plain_model(ForeignModule()) is None

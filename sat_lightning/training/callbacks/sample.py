@@ -7,8 +7,11 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from sat_lightning.errors import ConfigError
-from sat_lightning.generation import sample_continuation
+from sat_lightning.errors import ConfigError, InputError
+from sat_lightning.generation import BaseStrategy, DecodingState, generate, sample_continuation, sample_token
+from sat_lightning.generation.runner import longest_of
+from sat_lightning.generation.shared_prompt import can_share
+from sat_lightning.model import BaseModel
 from sat_lightning.training.runs import is_trial, run_folder, write_whole
 
 
@@ -16,7 +19,8 @@ class SampleText(L.Callback):
     """Continue a prompt at the end of training, print the text, and keep it in `samples.txt` of the run's folder.
 
     The tokenizer is the data module's `text_tokenizer`. It works for any Lightning module whose `forward(input_ids)`
-    returns logits `[b, s, v]`, or a list that begins with them.
+    returns logits `[b, s, v]`, or a list that begins with them. A `SATLightningModule` with a causal model that is
+    neither compiled nor split remembers what it has read, as long as the text fits the context; the text is the same.
 
     Args:
         prompt: text to continue; if empty, a document is begun.
@@ -82,18 +86,36 @@ class SampleText(L.Callback):
         try:
             # Every rank draws the same, for a sharded model answers only to all.
             with trainer.precision_plugin.forward_context():
-                ids = sample_continuation(
-                    _scorer(pl_module),
-                    torch.tensor([prompt_ids], device=pl_module.device),
+                ids = self._continue(
+                    pl_module,
+                    prompt_ids,
                     2 if is_trial(trainer) else self.num_tokens,
                     context_length=self._context_length(trainer),
-                    temperature=self.temperature,
-                    top_k=self.top_k,
-                    generator=torch.Generator(pl_module.device).manual_seed(self.seed),
                 )
         finally:
             pl_module.train(was_training)
         return str(tokenizer.decode(ids[0].cpu()))
+
+    def _continue(
+        self, pl_module: L.LightningModule, ids: list[int], num_tokens: int, *, context_length: int
+    ) -> Tensor:
+        """Return the prompt and what follows it, `[1, n]`: from a cache while all of it is seen."""
+        chance = torch.Generator(pl_module.device).manual_seed(self.seed)
+        settings: dict[str, Any] = {"temperature": self.temperature, "top_k": self.top_k, "generator": chance}
+        model, written = _plain_model(pl_module), list[int]()
+        if model is not None:
+            room = min(context_length, longest_of(model) or context_length) - len(ids)
+            try:
+                written = _write(model, ids, min(num_tokens, room), settings)
+            except InputError:  # a layer without a cache: read anew for each token
+                chance.manual_seed(self.seed)
+        return sample_continuation(
+            _scorer(pl_module),
+            torch.tensor([[*ids, *written]], device=pl_module.device),
+            num_tokens - len(written),
+            context_length=context_length,
+            **settings,
+        )
 
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         sample = f"--- step {trainer.global_step} ---\n{self.sample(trainer, pl_module)}\n"
@@ -119,6 +141,40 @@ class SampleText(L.Callback):
         if length is None:
             raise ConfigError("SampleText: set context_length, for the data module has no sequence_length.")
         return int(length)
+
+
+class _Drawing(BaseStrategy):
+    """Draws as `sample_continuation` does, so that the text is the same with a cache and without."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(top_k=1)  # it needs no numbers prepared
+        self.settings = settings
+
+    def step(self, logits: Tensor, state: DecodingState) -> tuple[Tensor, DecodingState]:
+        """Draw a token of each row."""
+        return sample_token(logits, **self.settings), state
+
+
+def _write(model: BaseModel, ids: list[int], num_tokens: int, settings: dict[str, Any]) -> list[int]:
+    if num_tokens < 1:
+        return []
+    strategy = _Drawing(settings)
+    return generate(model, [ids], strategy=strategy, max_new_tokens=num_tokens, pack_weights=False)[0].tokens
+
+
+def _plain_model(pl_module: L.LightningModule) -> BaseModel | None:
+    """Return the module's model where a cache can serve it, and adding one disturbs no compiler and no sharding."""
+    from sat_lightning.training.module import SATLightningModule  # which brings callbacks along
+
+    if not isinstance(pl_module, SATLightningModule) or type(pl_module).forward is not SATLightningModule.forward:
+        return None
+    model = pl_module.model
+    if not isinstance(model, BaseModel) or not can_share(model):
+        return None
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        return None
+    is_whole = all(type(parameter) is torch.nn.Parameter and parameter.numel() for parameter in model.parameters())
+    return model if is_whole else None
 
 
 def _scorer(pl_module: L.LightningModule) -> Callable[[Tensor], Tensor]:
