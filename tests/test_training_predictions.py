@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -70,6 +71,7 @@ def test_rows_go_back_to_their_places_in_each_of_several_sets(tmp_path: Path) ->
         (["x", "y"], (True, [{"prediction": "x"}, {"prediction": "y"}])),
         ([{"t": "x", "p": Path("z")}, {"t": "y"}], (True, [{"t": "x", "p": "z"}, {"t": "y"}])),
         (torch.tensor([1, 2, 3]), (False, [{"prediction": [1, 2, 3]}])),
+        ({"a": np.array([1, 2]), "b": np.float32(0.5)}, (True, [{"a": 1, "b": 0.5}, {"a": 2, "b": 0.5}])),
     ],
 )
 def test_what_a_step_returned_is_taken_apart(prediction: object, expected: tuple) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -147,8 +148,8 @@ def _rows(values: list[Any]) -> Iterator[dict[str, Any]]:
 
 
 def _has_rows(value: Any, num_rows: int) -> bool:  # noqa: ANN401
-    if isinstance(value, Tensor):
-        return value.dim() > 0 and value.shape[0] == num_rows
+    if isinstance(value, Tensor | np.ndarray):
+        return value.ndim > 0 and value.shape[0] == num_rows
     return isinstance(value, list | tuple) and len(value) == num_rows
 
 
@@ -160,6 +161,9 @@ def to_plain(value: Any) -> Any:  # noqa: ANN401
     """
     if isinstance(value, Tensor):
         return to_plain(value.detach().cpu().tolist())
+    if isinstance(value, np.ndarray | np.generic):
+        plain = value.tolist()
+        return str(value) if isinstance(plain, np.generic) else to_plain(plain)
     if isinstance(value, Mapping):
         return {str(name): to_plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
