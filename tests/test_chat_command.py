@@ -75,8 +75,8 @@ def answers(model: Path, *talk: str, system: str | None = None, num: int = 6) ->
         messages.append({"role": "user", "content": text})
         options = {"max_new_tokens": num, "end_tokens": source.end_tokens, "strategy": greedy()}
         found = generate(source.model, [template.encode(messages)], tokenizer=source.tokenizer, **options)[0]
-        texts.append(found.text)
-        messages.append({"role": "assistant", "content": found.text})
+        texts.append(found.text.lstrip())
+        messages.append({"role": "assistant", "content": texts[-1]})
     return texts
 
 

@@ -367,3 +367,63 @@ def test_adapter_ids_fit_prompts_and_adapters():
         generate(model, [[1], [2]], adapter_ids=[0])
     with pytest.raises(InputError, match=r"adapter_ids names \[0\]; the model has \[-1\], -1 for none"):
         generate(model, [[1]], adapter_ids=[0])
+
+
+def test_a_stream_shows_no_token_of_useless_logits():
+    model = FAMILIES["gpt2"].build().eval()
+    first = generate(model, [[5, 6]], max_new_tokens=1)[0].tokens[0]
+    with torch.no_grad():
+        model.transformer.word_embeddings.weight[first] = float("nan")
+    with pytest.raises(InputError, match="step 0, row 0"):
+        next(stream(model, [[5, first]]))
+
+
+def test_an_encoder_reads_as_much_as_it_has_positions():
+    model = FAMILIES["encoder-decoder"].build().eval()
+    longest = model.config.max_sequence_length
+    assert len(generate(model, [[5] * longest], max_new_tokens=2)[0].tokens) == 2
+    with pytest.raises(InputError, match=rf"prompt 0 has {longest + 1} tokens, .* \(max_sequence_length\). Shorten"):
+        generate(model, [[5] * (longest + 1)], max_new_tokens=2)
+    for start, error, text in (
+        ((), ConfigError, r"decoder_start is \(\); it is the ids that a decoder begins with"),
+        (0, ConfigError, "decoder_start is 0; it is the ids"),
+        ((60,), InputError, "decoder_start 0 holds the id 60"),
+    ):
+        with pytest.raises(error, match=text):
+            generate(model, [[5]], decoder_start=start)
+    with pytest.raises(ConfigError, match="row_ids holds -1; they are at least 0"):
+        generate(model, [[5]], row_ids=[-1])
+
+
+def spaced_tokenizer():
+    """A tokenizer as LLaMA's: a word begins with a space, which is left out where a text begins."""
+    library = pytest.importorskip("tokenizers")
+    words = ["<s>", "<unk>", *(f"\u2581w{i}" for i in range(50)), *"abcdefgh"]
+    tokenizer = library.Tokenizer(library.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.decoder = library.decoders.Metaspace()
+    tokenizer.add_special_tokens(["<s>"])
+
+    class Spaced:
+        vocab_size = len(words)
+
+        def decode(self, token_ids):
+            return tokenizer.decode(list(token_ids))
+
+    return Spaced()
+
+
+def test_text_goes_on_with_the_space_that_divides_it_from_the_prompt():
+    tokenizer, model = spaced_tokenizer(), FAMILIES["qwen3"].build().eval()
+    reader = RowText(tokenizer, (), [0, 2, 3])
+    assert [reader.add([token]) for token in (4, 52, 5)] == [" w2", "a", " w3"] and reader.close() == ""
+    for before in ([], [0], [5, 6, 0], [tokenizer.vocab_size]):  # a text begins, or a model's own mark stands before it
+        assert RowText(tokenizer, (), before).add([4, 5]) == "w2 w3"
+    assert RowText(tokenizer, [" w3"], [2]).add([4, 5]) == " w2"
+    rows = prompts_of("qwen3")
+    pieces = {}
+    for piece in stream(model, rows, max_new_tokens=6, tokenizer=tokenizer, strategy=Watched()):
+        pieces[piece.index] = pieces.get(piece.index, "") + piece.text
+    results = generate(model, rows, max_new_tokens=6, tokenizer=tokenizer, strategy=Watched())
+    for index, result in enumerate(results):
+        whole = tokenizer.decode([*rows[index], *result.tokens])
+        assert tokenizer.decode(rows[index]) + result.text == whole == tokenizer.decode(rows[index]) + pieces[index]

@@ -330,7 +330,7 @@ def test_a_hugging_face_folder_brings_its_tokenizer_and_its_ends(folder: Path, c
     place = next(i for i, token in enumerate(expected) if token in ends)
     assert (line["finish"], line["num_tokens"]) == ("end", place + 1)
     run(*base, "--ignore-end", "--output", "out.jsonl")
-    assert lines()[0]["generated"] == tokenizer.decode(expected)
+    assert lines()[0]["generated"] == " " + tokenizer.decode(expected)  # behind the prompt's last word
     # What the tokenizer's file puts before a text stands before a prompt, and what it puts behind one does not.
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single="d $A <|im_end|>", special_tokens=[("d", 4), ("<|im_end|>", 6)]
@@ -339,7 +339,7 @@ def test_a_hugging_face_folder_brings_its_tokenizer_and_its_ends(folder: Path, c
 
     def behind(*prompt: int) -> str:
         found = theirs.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=None)
-        return tokenizer.decode(found[0, len(prompt) :].tolist())
+        return " " + tokenizer.decode(found[0, len(prompt) :].tolist())
 
     run(*base, "--ignore-end", "--output", "out.jsonl")
     assert lines()[0]["generated"] == behind(4, 1, 2)
@@ -367,3 +367,56 @@ def test_help_names_every_option(verb: str, capsys: pytest.CaptureFixture) -> No
         main([verb, "--help"])
     out = capsys.readouterr().out
     assert not stop.value.code and all(word in out for word in ("--ckpt", "--top-p", "--stop", "--seed", "--device"))
+
+
+def test_who_is_kept_out_leaves_the_lock_to_its_holder(runs: Path, folder: Path, capsys: pytest.CaptureFixture) -> None:
+    from sat_lightning.training.commands.records import only_writer
+
+    words = ["--ckpt", runs, "--prompt", "x", "--output", "out.jsonl", "--max-new-tokens", 2]
+    with only_writer("out.jsonl"):
+        for _ in range(3):
+            assert fails(capsys, *words) == (1, "written by another process")
+    run(*words)
+    assert len(lines()) == 1 and not list(folder.glob(".out*"))
+
+
+def test_what_is_overwritten_stays_until_the_new_run_can_begin(
+    runs: Path, folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = ["--ckpt", runs, "--input", "prompts.jsonl", "--output", "out.jsonl", "--max-new-tokens", 2]
+    run(*words)
+    before = Path("out.jsonl").read_bytes(), Path("out.jsonl.settings.json").read_bytes()
+    for more, message in ((["--top-p", 1.5], "top_p"), (["--end-token", "ab"], "--end-token 'ab' is 2 tokens")):
+        assert fails(capsys, *words, "--overwrite", *more)[1] == message
+        assert (Path("out.jsonl").read_bytes(), Path("out.jsonl.settings.json").read_bytes()) == before
+    run(*words, "--overwrite", "--temperature", 0)
+    assert len(lines()) == len(PROMPTS) and Path("out.jsonl").read_bytes() != before[0]
+
+
+def test_a_file_that_is_not_ours_is_not_mended(runs: Path, folder: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ["--ckpt", runs, "--input", "prompts.jsonl", "--output", "out.jsonl", "--max-new-tokens", 2]
+    run(*words)
+    Path("out.jsonl").write_text('{"index": "one"}\nand the last line of a note')
+    assert fails(capsys, *words)[1].startswith("sat-lightning generate: error: out.jsonl:1 is no line of this verb")
+    assert Path("out.jsonl").read_text().endswith("\nand the last line of a note")
+
+
+def test_a_prompt_too_long_is_refused_before_the_first_is_answered(
+    runs: Path, folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "_BATCHES_PER_BLOCK", 1)
+    Path("prompts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in ["a", "b", "c", "x" * 40]))
+    words = ["--ckpt", runs, "--input", "prompts.jsonl", "--output", "out.jsonl", "--max-new-tokens", 20]
+    found = fails(capsys, *words, "--batch-size", 1)
+    assert (
+        found[1].startswith("sat-lightning generate: error: prompt 4 has 40 tokens") and not Path("out.jsonl").exists()
+    )
+
+
+def test_what_is_no_number_in_an_input_hinders_nobody_to_go_on(runs: Path, folder: Path) -> None:
+    Path("prompts.jsonl").write_text('{"prompt": "a", "value": NaN}\n{"prompt": "b", "value": [1.5, null]}\n')
+    words = ["--ckpt", runs, "--input", "prompts.jsonl", "--output", "out.jsonl", "--max-new-tokens", 2]
+    run(*words)
+    before = Path("out.jsonl").read_bytes()
+    run(*words)
+    assert Path("out.jsonl").read_bytes() == before

@@ -101,7 +101,6 @@ def _stream(job: _Job) -> Iterator[Streamed]:
             batch = _Batch(job, indices, is_streamed=True)
             for _ in batch.steps():
                 yield from batch.take_new()
-            yield from batch.take_new(is_last=True)
 
 
 class _Job:
@@ -139,6 +138,7 @@ class _Job:
         self.max_new_tokens = max(room, 1) if options.max_new_tokens is None else options.max_new_tokens
         check_lengths(self.begun, self.max_new_tokens, longest)
         if self.is_pair:
+            check_rows(self.begun, writer.config.vocab_size, "decoder_start")
             check_lengths(self.rows, 0, longest_of(self.model.encoder))  # type: ignore[arg-type]
         own = getattr(tokenizer, "end_of_document_id", None)
         defaults = () if own is None else (own,)
@@ -191,7 +191,7 @@ class _Batch:
         self.state = DecodingState.create(
             self.runner.prompts, job.max_new_tokens, seed=job.options.seed, row_ids=row_ids, end_tokens=job.end_tokens
         )
-        self.texts = [RowText(job.tokenizer, job.options.stop_strings) for _ in rows]
+        self.texts = [self._new_text(row) for row in range(len(rows))]
         self.finishes: list[Finish | None] = [None] * len(rows)
         self.num_read = self.state.length
 
@@ -216,16 +216,17 @@ class _Batch:
                 runner.reorder(rows)
             is_last = state.length == state.capacity
             if is_last or state.num_generated % options.check_every == 0:
+                is_over = state.all_done() or is_last  # which raises before useless tokens are shown
                 if self.is_streamed:
                     yield
                 elif rows is None and options.stop_strings:
                     for _ in self.take_new():
                         pass
-                if state.all_done() or is_last:
+                if is_over or None not in self.finishes:
                     return
             logits = runner.step(next_tokens)
 
-    def take_new(self, is_last: bool = False) -> Iterator[Streamed]:
+    def take_new(self) -> Iterator[Streamed]:
         """Read the tokens written since, end rows at stop strings, and say what is new."""
         columns = self.state.tokens[:, self.num_read : self.state.length].T.tolist()
         last_column = self.state.capacity - 1
@@ -254,6 +255,10 @@ class _Batch:
             for row, hypotheses in enumerate(found)
         ]
 
+    def _new_text(self, row: int) -> RowText:
+        before = [] if self.job.is_pair or self.job.tokenizer is None else self.runner.rows[row]
+        return RowText(self.job.tokenizer, self.job.options.stop_strings, before)
+
     def _text_of(self, row: int, token: int) -> str:
         return "" if token in self.job.all_ends else self.texts[row].add([token])
 
@@ -263,7 +268,7 @@ class _Batch:
         if tokens and tokens[-1] in self.job.all_ends:
             finish = "end"
         if self.job.tokenizer is not None:
-            reader = RowText(self.job.tokenizer, self.job.options.stop_strings)
+            reader = self._new_text(row)
             text = reader.add(tokens[:-1] if finish == "end" else tokens) + reader.close()
             if reader.is_stopped:
                 tokens, finish = tokens[: reader.num_tokens], "stop"

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+#: Tokens of the text before that are decoded again with the first new one.
+_NUM_BEFORE = 6
+
 
 class RowText:
     """Turn one row's new tokens into text piece by piece.
@@ -12,15 +15,18 @@ class RowText:
     Args:
         tokenizer: has `decode(ids)`.
         stop_strings: the text ends before the first of them.
+        before: ids of the text that is continued: many tokenizers leave out a space where a text begins, and keep it
+            within one. Where a special token stands last, or nothing, a new text begins.
     """
 
-    def __init__(self, tokenizer: Any, stop_strings: Sequence[str] = ()) -> None:  # noqa: ANN401
+    def __init__(self, tokenizer: Any, stop_strings: Sequence[str] = (), before: Sequence[int] = ()) -> None:  # noqa: ANN401
         self.tokenizer, self.stop_strings = tokenizer, tuple(stop_strings)
         self.is_stopped = False
         self.num_tokens = 0
         """Tokens taken, the one that completed a stop string included."""
-        self._tokens: list[int] = []
-        self._shown = self._read = 0  # tokens decoded before, and the place from which they are decoded again
+        self._tokens: list[int] = self._context(before)
+        # How many tokens were decoded before, and the place from which they are decoded again.
+        self._shown, self._read = len(self._tokens), 0
         self._held = ""
 
     def add(self, tokens: Iterable[int]) -> str:
@@ -41,6 +47,15 @@ class RowText:
         text, rest = self._take(self._new_text(is_last=True)), self._held
         self._held = ""
         return text if self.is_stopped else text + rest
+
+    def _context(self, before: Sequence[int]) -> list[int]:
+        """Return the last tokens of the text before, as far as they are text."""
+        size = getattr(self.tokenizer, "vocab_size", None)
+        last = list(before[-_NUM_BEFORE:])
+        if not last or (isinstance(size, int) and last[-1] >= size) or not str(self.tokenizer.decode(last[-1:])):
+            return []
+        known = [token for token in last if not isinstance(size, int) or token < size]
+        return [] if str(self.tokenizer.decode(known)).endswith("\N{REPLACEMENT CHARACTER}") else known
 
     def _new_text(self, *, is_last: bool) -> str:
         """Decode what came since; a token's text may depend on those before it, and a character may need several."""

@@ -118,8 +118,9 @@ class Talk:
         )  # fmt: skip
         try:
             for part in answers:
-                parts.append(part.text)
-                say(part.text)
+                text = part.text if any(parts) else part.text.lstrip()  # templates put their own space before it
+                parts.append(text)
+                say(text)
         finally:
             answers.close()  # type: ignore[attr-defined]
             if parts:

@@ -122,6 +122,8 @@ def _write_file(options: argparse.Namespace) -> None:
     source = _load(options)
     strategy, settings = make_strategy(options, source), make_generation_options(options, source)
     write = _make_writer(options, source)
+    for record in records:  # one that is too long is refused now, and not after hours
+        _read_ids(record, source, settings, options.truncate)
     output.begin({**output.settings, "seed": options.seed}, records)
     todo = [record for record in records if record.index not in output.done]
     with tqdm(total=len(records), initial=len(output.done), unit="prompt", disable=None, file=sys.stderr) as progress:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ class Output:
     Args:
         path: of the file.
         settings: plain values.
-        overwrite: begin anew, whatever is there.
+        overwrite: begin anew, whatever is there; it is there until `begin`.
 
     Raises:
         UsageError: the file was made with other settings.
@@ -101,10 +101,8 @@ class Output:
     def __init__(self, path: str | os.PathLike[str], settings: dict[str, Any], overwrite: bool = False) -> None:
         self.path = Path(path)
         self.settings_path = self.path.with_name(self.path.name + SETTINGS_SUFFIX)
-        if overwrite:
-            self.path.unlink(missing_ok=True)
-            self.settings_path.unlink(missing_ok=True)
-        self.settings = self._settle(settings)
+        self.overwrite = overwrite
+        self.settings = settings if overwrite else self._settle(settings)
         self.done: set[int] = set()
         self._places: dict[int, tuple[int, int]] = {}
 
@@ -124,38 +122,39 @@ class Output:
         return settings
 
     def begin(self, settings: dict[str, Any], records: Sequence[Record]) -> None:
-        """Write the settings down, mend the file, and find out which prompts are done.
+        """Write the settings down, mend the file, and find out which prompts are done; the lines are looked at first.
 
         Args:
             settings: as they are used now, seed included.
             records: all prompts of the input.
         """
-        write_whole(self.settings_path, (json.dumps(settings, indent=1, sort_keys=True) + "\n").encode())
-        if not self.path.exists():
-            return
-        content = self.path.read_bytes()
-        if not content.endswith(b"\n"):
-            content = content[: content.rfind(b"\n") + 1]
-            os.truncate(self.path, len(content))
+        if self.overwrite:
+            self.path.unlink(missing_ok=True)
+        content = self.path.read_bytes() if self.path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
         prompts = {record.index: record.fields for record in records}
         start = 0
-        for number, line in enumerate(content.splitlines(keepends=True), start=1):
-            index = self._index_of(line, number)
+        for number, line in enumerate(whole.splitlines(keepends=True), start=1):
+            index, found = self._read_line(line, number)
             given = {name: value for name, value in prompts.get(index, {}).items() if name not in OWN_FIELDS}
-            if index not in prompts or not given.items() <= json.loads(line).items():
+            # As text, for NaN is not equal to itself.
+            if index not in prompts or any(json.dumps(found.get(n)) != json.dumps(v) for n, v in given.items()):
                 raise DataError(
                     f"{self.path}:{number} belongs to another input. Choose another output, or --overwrite."
                 )
             self._places[index] = (start, len(line))
             start += len(line)
         self.done = set(self._places)
+        write_whole(self.settings_path, (json.dumps(settings, indent=1, sort_keys=True) + "\n").encode())
+        if len(whole) < len(content):
+            os.truncate(self.path, len(whole))
 
-    def _index_of(self, line: bytes, number: int) -> int:
+    def _read_line(self, line: bytes, number: int) -> tuple[int, dict[str, Any]]:
         try:
-            index = json.loads(line)["index"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            found = json.loads(line)
+            return int(found["index"]), found
+        except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{self.path}:{number} is no line of this verb. Choose another, or --overwrite.") from error
-        return int(index)
 
     def append(self, lines: Iterable[dict[str, Any]]) -> None:
         """Add lines, each with its `index`, by one write that is forced to the disk.
@@ -200,17 +199,26 @@ def only_writer(path: str | os.PathLike[str]) -> Iterator[None]:
     Raises:
         DataError: another process writes it.
     """
-    lock = Path(path).with_name(f".{Path(path).name}.lock")
+    place = Path(path).with_name(f".{Path(path).name}.lock")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(place, timeout=0)
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock, timeout=0):
-            yield
-    except Timeout as error:
+        lock.acquire()
+    except Timeout as error:  # the file is the other's: it stays
         raise DataError(
             f"{path} is being written by another process. Wait for it, or choose another output."
         ) from error
+    try:
+        yield
     finally:
-        lock.unlink(missing_ok=True)
+        _remove(place)
+        lock.release()
+
+
+def _remove(place: Path) -> None:
+    """Remove a lock's file while it is held: who opened it meanwhile sees that it is gone, and begins anew."""
+    with suppress(PermissionError):  # an open file stays on Windows
+        place.unlink(missing_ok=True)
 
 
 def encode_line(value: dict[str, Any]) -> bytes:
