@@ -19,7 +19,7 @@ from sat_lightning.generation import (
     stream_filling_sequence,
 )
 from sat_lightning.generation.memory import Memory
-from sat_lightning.mixins import CachedAutoregressiveMixin
+from sat_lightning.mixins import CachedAutoregressiveMixin, PrefixTuningMixin
 from tests.families import FAMILIES, ids
 from tests.test_cached_autoregressive import CAUSAL, ORDERS, PAIRS, Prefix
 
@@ -601,3 +601,15 @@ def test_one_look_at_the_device_for_each_token(monkeypatch):
         filling_sequence(model, slots([5, 6] + [-1] * num_slots), 2, BaseStrategy(end_tokens=[59]), seed=0)
         counts.append(looks.total())
     assert counts[1] - counts[0] <= 10
+
+
+def test_a_method_that_is_disabled_stays_so():
+    model = build("gpt2")
+    expected = filling_sequence(model, slots(), 1, GREEDY)[0]
+    model.add_mixin("prefix", PrefixTuningMixin(model.config, 3))
+    with torch.no_grad():
+        for prefix in model.get_mixin("prefix").parameters():
+            prefix.normal_(std=3)
+    assert not torch.equal(filling_sequence(model, slots(), 1, GREEDY)[0], expected)
+    model.get_mixin("prefix").disable()
+    assert torch.equal(filling_sequence(model, slots(), 1, GREEDY)[0], expected)

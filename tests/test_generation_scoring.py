@@ -14,6 +14,7 @@ from sat_lightning.errors import InputError
 from sat_lightning.generation import choices as choices_module
 from sat_lightning.generation import evaluate_perplexity, score, score_choices
 from sat_lightning.generation import perplexity as perplexity_module
+from sat_lightning.mixins import PromptTuningMixin
 from tests.families import FAMILIES, ids
 from tests.hf_parity import randomise, to_ours
 
@@ -340,3 +341,16 @@ def test_choices_of_an_encoder_decoder_equal_the_losses_of_hugging_face() -> Non
                 with torch.no_grad():
                     expected = theirs(input_ids=torch.tensor([prompt]), labels=torch.tensor([answer])).loss
                 assert losses.mean().item() == pytest.approx(expected.item(), abs=3e-6)
+
+
+def test_choices_behind_a_long_prompt_of_a_model_with_a_learned_prompt() -> None:
+    model = build(max_sequence_length=64)
+    model.add_mixin("prompt", PromptTuningMixin(model.config, 3))
+    prompt, answers = ids(1, 40)[0].tolist(), [[7, 8, 9], [7, 11], [13, 8]]
+    (found,) = score_choices(model, [(prompt, answers)])
+    for answer, losses in zip(answers, found.token_losses, strict=True):
+        text = torch.tensor([[*prompt, *answer]])
+        assert_close(losses.double(), true_losses(model, text)[0, len(prompt) - 1 :], atol=1e-5, rtol=1e-5)
+    model.get_mixin("prompt").disable()
+    (without,) = score_choices(model, [(prompt, answers)])
+    assert not torch.allclose(without.scores, found.scores)

@@ -196,3 +196,12 @@ def test_what_does_not_go_together_is_refused():
         generate_speculatively(broken, model, rows, max_new_tokens=4)
     expected = generate(model, rows, max_new_tokens=6)
     assert texts(generate_speculatively(model, broken, rows, max_new_tokens=6)) == texts(expected)
+
+
+def test_useless_logits_name_the_prompt_whatever_its_batch():
+    model = build("gpt2", std=0.0)
+    draft = near(model, 0.01)
+    with torch.no_grad():
+        model.transformer.word_embeddings.weight[7] = float("nan")
+    with pytest.raises(InputError, match="step 0, row 2: the logits are NaN or infinite"):
+        generate_speculatively(model, draft, [[5, 6, 8], [5], [7, 8]], max_new_tokens=3, batch_size=1)

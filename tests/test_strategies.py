@@ -154,3 +154,22 @@ def test_a_state_refuses_what_it_cannot_hold():
         state.append(torch.tensor([1]))
     with pytest.raises(ConfigError, match=r"call strategy.start\(state\) first"):
         BaseStrategy().step(torch.randn(1, V), DecodingState.create(torch.ones(1, 1), 2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"bad_words": [[5], [3, 60]]}, r"bad_words holds the ids \[60\], outside the vocabulary of 60 tokens"),
+        ({"bad_words": [[-1]]}, r"bad_words holds the ids \[-1\]"),
+        (
+            {"invalid_slices": [slice(3, 5), 60]},
+            r"invalid_slices is \[slice\(3, 5, None\), 60\], for a vocabulary of 60",
+        ),
+        ({"invalid_slices": ["a"]}, r"invalid_slices is \['a'\]"),
+    ],
+)
+def test_words_that_the_model_does_not_have_are_named(settings, text):
+    strategy = greedy(**settings)
+    state = strategy.start(DecodingState.create(torch.ones(1, 2), 2))
+    with pytest.raises(ConfigError, match=text):
+        strategy.step(torch.randn(1, 60), state)

@@ -128,6 +128,8 @@ class _Reader:
         if len(answer) > self.window_length:
             raise InputError(f"A choice has {len(answer)} tokens, the model reads {self.window_length} at once.")
         if self.has_encoder:
+            if not before:
+                raise InputError("A prompt is empty: the encoder has nothing to read. Give it at least one token.")
             return before[-self.window_length :], answer
         prefix = self.prefix_ids
         if prefix is None:

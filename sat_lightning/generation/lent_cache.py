@@ -51,7 +51,8 @@ class LentCache:
 
     @staticmethod
     def _with_cache(model: BaseModel) -> HookTable:
-        mixins = dict(model.mixins.items())
+        own: dict[str, Any] = dict(model.mixins.items())
+        mixins = {name: mixin for name, mixin in own.items() if not mixin._is_silent}
         lent: dict[str, BaseMixin] = {"generation-last-token": LastTokenMixin()}
         if CACHE_NAME not in mixins and not any(isinstance(x, CachedAutoregressiveMixin) for x in mixins.values()):
             lent[CACHE_NAME] = CachedAutoregressiveMixin()

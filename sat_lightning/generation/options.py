@@ -51,7 +51,8 @@ class GenerationOptions:
     pack_weights: bool | None = None
     """Copy weights in the layout that a CPU multiplies fastest. Default: from 32 new tokens on, up to 2 GiB of them."""
     compile: bool | str = False
-    """Compile the step that reads one token, by inductor or the backend named: for many tokens, as it takes long."""
+    """Compile the step that reads one token, by inductor or the backend named: for many tokens, as it takes long.
+    On a GPU, too, kernels are launched one by one: a step whose keys grow in number is no CUDA graph."""
     visibility: Visibility = None
     """What the prompt's tokens see: "causal" those before them, "full" all of it. Default: the family's own."""
     allowed_tokens: Callable[[list[int]], Sequence[int] | None] | None = None
@@ -77,6 +78,12 @@ class GenerationOptions:
         stored = self.stored_dtype
         if stored is not None and not (stored is torch.int8 or stored.is_floating_point):
             raise ConfigError(f"cache_dtype is {stored}; it is a floating dtype or torch.int8.")
+        if not isinstance(self.decoder_start, Sequence) or not self.decoder_start:
+            raise ConfigError(
+                f"decoder_start is {self.decoder_start!r}; it is the ids that a decoder begins with: [0]."
+            )
+        if self.row_ids is not None and any(row < 0 for row in self.row_ids):
+            raise ConfigError(f"row_ids holds {min(self.row_ids)}; they are at least 0.")
         if self.visibility not in (None, "causal", "full"):
             raise ConfigError(f"visibility is {self.visibility!r}; it is 'causal', 'full' or None (the family's own).")
         if isinstance(self.stop_strings, str) or "" in self.stop_strings:

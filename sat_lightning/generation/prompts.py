@@ -65,8 +65,13 @@ def _read_prompt(prompt: Prompt, index: int, tokenizer: Any) -> Row:  # noqa: AN
     return [token for token in ids if token >= 0] if is_array else ids
 
 
-def check_rows(rows: Sequence[Row], vocab_size: int) -> None:
+def check_rows(rows: Sequence[Row], vocab_size: int, name: str = "prompt") -> None:
     """Refuse ids that the model has no word for.
+
+    Args:
+        rows: the prompts.
+        vocab_size: v.
+        name: of a row.
 
     Raises:
         InputError: naming the prompt, the id and the vocabulary.
@@ -74,7 +79,7 @@ def check_rows(rows: Sequence[Row], vocab_size: int) -> None:
     for index, row in enumerate(rows):
         for token in row:
             if not 0 <= token < vocab_size:
-                raise InputError(f"prompt {index} holds the id {token}; the model has {vocab_size} words, from 0 on.")
+                raise InputError(f"{name} {index} holds the id {token}; the model has {vocab_size} words, from 0 on.")
 
 
 def check_lengths(rows: Sequence[Row], max_new_tokens: int, longest: int | None) -> None:
@@ -82,7 +87,7 @@ def check_lengths(rows: Sequence[Row], max_new_tokens: int, longest: int | None)
 
     Args:
         rows: the prompts.
-        max_new_tokens: how many tokens follow each.
+        max_new_tokens: how many tokens follow each; 0 where an encoder reads them.
         longest: how many positions the model has; None is no limit.
 
     Raises:
@@ -90,10 +95,10 @@ def check_lengths(rows: Sequence[Row], max_new_tokens: int, longest: int | None)
     """
     for index, row in enumerate(rows if longest is not None else ()):
         room = longest - len(row)  # type: ignore[operator]
-        if room < 1:
+        if room < min(1, max_new_tokens):
             raise InputError(
-                f"prompt {index} has {len(row)} tokens, and the model has {longest} positions (max_sequence_length): "
-                "nothing can follow. Shorten the prompt."
+                f"prompt {index} has {len(row)} tokens, and the model has {longest} positions (max_sequence_length)"
+                f"{': nothing can follow' if max_new_tokens else ''}. Shorten the prompt."
             )
         if max_new_tokens > room:
             raise InputError(

@@ -28,6 +28,7 @@ class RaggedReader:
         """Slots held; the newest token of each row is in the last."""
         self.padding = [runner.num_prompt - count for count in self.counts]
         """Slots in front of each prompt."""
+        self._next = self._columns()
 
     def read(self, ids: Tensor) -> Tensor:
         """Read the next tokens `[b, s]` of each row; returns logits `[b, s, v]`."""
@@ -44,8 +45,7 @@ class RaggedReader:
         if table is None:
             return None
         num_new = self.cache.length - self.length
-        begin = [count + num_new + padding for count, padding in zip(self.counts, self.padding, strict=True)]
-        columns = torch.tensor(begin, device=table.device)[:, None] + torch.arange(size, device=table.device)
+        columns = self._next[:, None] + torch.arange(num_new, num_new + size, device=table.device)
         columns = columns.clamp(max=table.shape[-1] - 1)  # behind a row's end nothing counts
         table = table.expand(len(columns), *table.shape[1:])
         shape = (len(columns), *[1] * (table.dim() - 2), size)
@@ -63,3 +63,9 @@ class RaggedReader:
             self.cache.align(torch.tensor(ends, device=device), held, length)
         self.cache.crop(length)
         self.counts, self.length = counts, length
+        self._next = self._columns()  # once, where the device is waited for in any case
+
+    def _columns(self) -> Tensor:
+        """`[b]`, the columns of the layout behind the tokens that each row holds."""
+        held = [count + padding for count, padding in zip(self.counts, self.padding, strict=True)]
+        return torch.tensor(held, device=self.runner.device)

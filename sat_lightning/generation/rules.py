@@ -115,10 +115,11 @@ class LogitsRules(SatSettings):
         tokens = state.tokens[:, : state.length]
         if self.invalid_slices:
             if "invalid" not in state.extras:
-                state.extras["invalid"] = processors.mask_of_slices(self.invalid_slices, logits)
+                state.extras["invalid"] = _mask_invalid(self.invalid_slices, logits)
             logits = processors.ban_mask(logits, state.extras["invalid"])
         if self.bad_words:
             if "bad_words" not in state.extras:
+                _check_words(self.bad_words, logits.shape[-1])
                 state.extras["bad_words"] = processors.pack_words(self.bad_words, logits.device)
             logits = processors.ban_words(logits, tokens, *state.extras["bad_words"])
         if self.no_repeat_ngram_size:
@@ -156,6 +157,24 @@ class LogitsRules(SatSettings):
         """Do as `candidates`, in place in the vocabulary: `[b, v]`, -inf where not kept."""
         kept, places = self.candidates(logits)
         return kept if places is None else torch.full_like(logits, -torch.inf).scatter(-1, places, kept)
+
+
+def _mask_invalid(slices: Sequence[Any], logits: Tensor) -> Tensor:
+    try:
+        if any(isinstance(part, str) for part in slices):
+            raise TypeError("a text is none")
+        return processors.mask_of_slices(slices, logits)
+    except (IndexError, TypeError) as error:
+        raise ConfigError(
+            f"invalid_slices is {list(slices)}, for a vocabulary of {logits.shape[-1]} tokens: {error}. Give ids, "
+            "lists of ids, or slices."
+        ) from error
+
+
+def _check_words(words: Sequence[Sequence[int]], vocab_size: int) -> None:
+    outside = sorted({token for word in words for token in word if not 0 <= token < vocab_size})
+    if outside:
+        raise ConfigError(f"bad_words holds the ids {outside}, outside the vocabulary of {vocab_size} tokens.")
 
 
 def check_range(name: str, value: float, low: float, high: float = math.inf, *, is_open: bool = False) -> None:

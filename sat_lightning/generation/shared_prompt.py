@@ -15,7 +15,7 @@ from torch import Tensor
 from sat_lightning.generation.perplexity import IGNORED_TARGET, evaluating, token_losses
 from sat_lightning.generation.scoring import pad_rows
 from sat_lightning.hooks import computes_loss, non_conflict
-from sat_lightning.mixins import KeyValueCache, StaticCacheMixin
+from sat_lightning.mixins import KeyValueCache, PromptTuningMixin, StaticCacheMixin
 from sat_lightning.model import BaseMixin, BaseModel
 
 #: Tokens of a prompt from which on keeping it costs less than reading it again.
@@ -40,14 +40,19 @@ class _ReadingMixin(BaseMixin):
 
 
 def can_share(model: Any) -> bool:  # noqa: ANN401
-    """Tell whether a model reads a text in two parts as it reads it whole: causal, with positions counted from 0.
+    """Tell whether a model reads a text in two parts as it reads it whole.
+
+    It is causal, counts positions from 0, and puts no tokens of its own in front.
 
     Args:
         model: any model.
     """
-    is_plain = isinstance(model, BaseModel) and model.default_mask == "causal"
+    if not isinstance(model, BaseModel) or model.default_mask != "causal":
+        return False
+    if any(isinstance(mixin, PromptTuningMixin) and mixin.enabled for mixin in model.mixins.values()):
+        return False
     own = (BaseModel.make_attention_mask, BaseModel.make_position_ids, BaseModel.read_attention_mask)
-    return is_plain and all(getattr(type(model), hook.__name__) is hook for hook in own)
+    return all(getattr(type(model), hook.__name__) is hook for hook in own)
 
 
 def shared_losses(

@@ -152,6 +152,8 @@ class _SpeculativeBatch(_Batch):
         self.small = Runner(draft, sources, job.max_new_tokens, job.call, begin)
         self.looks_back = self.rules.looks_back or type(self.rules).process is not LogitsRules.process
         self.begin = self.state.prompt_length
+        self.columns = torch.full((len(indices),), self.begin, device=self.state.tokens.device)
+        """`[b]`, the first column of each row that is not certain."""
         self.tokens = F.pad(self.state.tokens, (0, num_drafts + 1), value=NO_TOKEN)
         """`[b, n + d + 1]`: each row's own tokens without a gap, proposals behind them."""
         self.generated = [0] * len(indices)
@@ -186,11 +188,11 @@ class _SpeculativeBatch(_Batch):
     def _round(self, num_fed: int) -> None:
         proposals = self._propose(num_fed)
         drafts, draft_probs = (torch.stack(parts, dim=1) for parts in zip(*proposals, strict=True))
-        newest = self.tokens.gather(1, self._columns()[:, None] - 1)
+        newest = self.tokens.gather(1, self.columns[:, None] - 1)
         probs, best = self._probs(self.main.read(torch.cat([newest, drafts], dim=1)), 0)
         chance = torch.stack([self._chance(1, i) for i in range(self.num_drafts)], dim=1)
         num_kept = accept(probs, draft_probs, drafts, chance)
-        places = (self._columns() - self.begin + num_kept)[:, None]
+        places = (self.columns - self.begin + num_kept)[:, None]
         last = draw_from(rest_after(probs, draft_probs, num_kept), self.chances[2].gather(1, places)[:, 0])
         self._write(last, num_kept)
         before, was_active = list(self.generated), list(self.is_active)
@@ -206,7 +208,7 @@ class _SpeculativeBatch(_Batch):
 
     def _propose(self, num_fed: int) -> list[tuple[Tensor, Tensor]]:
         """Let the draft write d tokens behind the certain ones; returns each token `[b]` and what it was drawn from."""
-        columns = self._columns()[:, None] + torch.arange(-num_fed, 0, device=self.tokens.device)
+        columns = self.columns[:, None] + torch.arange(-num_fed, 0, device=self.tokens.device)
         fed, found = self.tokens.gather(1, columns), []
         for i in range(self.num_drafts):
             probs, _ = self._probs(self.draft.read(fed.clamp(min=0))[:, -1:], i)
@@ -216,16 +218,12 @@ class _SpeculativeBatch(_Batch):
             fed = token[:, None]
         return found
 
-    def _columns(self) -> Tensor:
-        """`[b]`, the first column of each row that is not certain."""
-        return torch.tensor(self.generated, device=self.tokens.device) + self.begin
-
     def _chance(self, stream: int, offset: int) -> Tensor:
         """`[b]`: each place of a row has numbers of its own, so that no other row's progress moves them."""
-        return self.chances[stream].gather(1, (self._columns() - self.begin + offset)[:, None])[:, 0]
+        return self.chances[stream].gather(1, (self.columns - self.begin + offset)[:, None])[:, 0]
 
     def _write(self, token: Tensor, offset: Tensor) -> None:
-        self.tokens.scatter_(1, (self._columns() + offset)[:, None], token[:, None])
+        self.tokens.scatter_(1, (self.columns + offset)[:, None], token[:, None])
 
     def _probs(self, logits: Tensor, offset: int) -> tuple[Tensor, Tensor]:
         """What the strategy would draw from, `[b, s, v]`, and the best logit `[b, s]`, s places behind the certain."""
@@ -262,12 +260,12 @@ class _SpeculativeBatch(_Batch):
         """Count what is certain now, the one look at the device in a round; returns how many proposals were kept."""
         device, size = self.tokens.device, best.shape[1]
         places = torch.arange(size, device=device)
-        block = self.tokens.gather(1, self._columns()[:, None] + places)
+        block = self.tokens.gather(1, self.columns[:, None] + places)
         is_end = torch.zeros_like(block, dtype=torch.bool)
         if self.state.end_tokens is not None:
             is_end = torch.isin(block, self.state.end_tokens) & (places <= num_kept[:, None])
         before_end = torch.where(is_end, places + 1, size).amin(1)
-        room = self.job.max_new_tokens - (self._columns() - self.begin)
+        room = self.job.max_new_tokens - (self.columns - self.begin)
         count = torch.minimum(torch.minimum(num_kept + 1, before_end), room).masked_fill(self.state.is_done, 0)
         failed = torch.where(~best.isfinite() & (places < count[:, None]), places, size).amin(1)
         self.state.is_done = self.state.is_done | is_end.any(1) | (count >= room)
@@ -276,11 +274,13 @@ class _SpeculativeBatch(_Batch):
         for row, (_, _, _, place) in enumerate(report):
             if place < size:
                 step = self.generated[row] + place
-                raise InputError(f"step {step}, row {row}: the logits are NaN or infinite, or no token is allowed.")
+                place = self.state.row_ids[row]  # which of all prompts, whatever batch it is in
+                raise InputError(f"step {step}, row {place}: the logits are NaN or infinite, or no token is allowed.")
         self.generated = [old + new for old, (new, *_) in zip(self.generated, report, strict=True)]
+        self.columns = self.columns + count
         self.is_active = [not is_done for _, is_done, _, _ in report]
         every = torch.arange(self.tokens.shape[1], device=device)
-        self.tokens.masked_fill_(every >= self._columns()[:, None], NO_TOKEN)
+        self.tokens.masked_fill_(every >= self.columns[:, None], NO_TOKEN)
         self.state.length = self.state.capacity
         self.state.tokens = self.tokens[:, : self.state.capacity]
         return [kept for _, _, kept, _ in report]
