@@ -137,8 +137,7 @@ class Output:
         for number, line in enumerate(whole.splitlines(keepends=True), start=1):
             index, found = self._read_line(line, number)
             given = {name: value for name, value in prompts.get(index, {}).items() if name not in OWN_FIELDS}
-            # As text, for NaN is not equal to itself.
-            if index not in prompts or any(json.dumps(found.get(n)) != json.dumps(v) for n, v in given.items()):
+            if index not in prompts or not given.items() <= found.items():
                 raise DataError(
                     f"{self.path}:{number} belongs to another input. Choose another output, or --overwrite."
                 )
