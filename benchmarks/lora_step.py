@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import peers
@@ -15,7 +14,7 @@ import timing
 import torch
 from peers import Loss, Shape
 from torch import nn
-from train_step import DTYPES, SMOKE, first_losses
+from train_step import DTYPES, SMOKE, Step, first_losses, make_step
 
 RANK, ALPHA = 8, 16
 REFERENCE = "transformers, tuned, with PEFT"
@@ -51,29 +50,13 @@ CONTESTANTS: dict[str, Callable[[Shape], tuple[nn.Module, Loss]]] = {
 }
 
 
-def build(name: str, shape: Shape, arguments: argparse.Namespace) -> tuple[Callable[[], torch.Tensor], int]:
+def build(name: str, shape: Shape, arguments: argparse.Namespace) -> tuple[Step, int]:
     """Return a function that runs one step and returns its loss, and how many parameters it trains."""
     torch.manual_seed(0)
     model, loss = CONTESTANTS[name](shape)
     model.to(arguments.device, DTYPES[arguments.dtype]).train()
-    if arguments.compile:
-        loss = torch.compile(loss)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    torch.manual_seed(1)  # the adapters have drawn differently much
-    tokens = torch.randint(0, shape.vocab_size, (shape.batch_size, shape.length + 1), device=arguments.device)
-    input_ids, target_ids = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    is_amp = arguments.dtype == "amp"
-
-    def step() -> torch.Tensor:
-        with torch.autocast(arguments.device, torch.bfloat16) if is_amp else nullcontext():
-            value = loss(input_ids, target_ids)
-        value.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return value.detach()
-
-    return step, sum(parameter.numel() for parameter in trained)
+    return make_step(loss, trained, shape, arguments), sum(parameter.numel() for parameter in trained)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

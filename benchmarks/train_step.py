@@ -18,7 +18,7 @@ from pathlib import Path
 
 import timing
 import torch
-from peers import ALIASES, PEERS, Shape
+from peers import ALIASES, PEERS, Loss, Shape
 from timing import Samples, spread
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "amp": torch.float32}
@@ -30,14 +30,20 @@ PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "L4":
 Step = Callable[[], torch.Tensor]
 
 
-def build(peer: str, shape: Shape, arguments: argparse.Namespace) -> tuple[Step, torch.nn.Module]:
-    """Return a function that runs one step and returns its loss, and the model it trains."""
+def build(peer: str, shape: Shape, arguments: argparse.Namespace) -> Step:
+    """Return a function that runs one step of a peer and returns its loss."""
     torch.manual_seed(0)
     model, loss = PEERS[peer](shape)
     model.to(arguments.device, DTYPES[arguments.dtype])
+    return make_step(loss, list(model.parameters()), shape, arguments)
+
+
+def make_step(loss: Loss, trained: list[torch.nn.Parameter], shape: Shape, arguments: argparse.Namespace) -> Step:
+    """Return a function that runs one step of AdamW over these parameters, and returns the loss before it."""
     if arguments.compile:
         loss = torch.compile(loss)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    torch.manual_seed(1)  # the contestants have drawn differently much
     tokens = torch.randint(0, shape.vocab_size, (shape.batch_size, shape.length + 1), device=arguments.device)
     input_ids, target_ids = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     is_amp = arguments.dtype == "amp"
@@ -50,7 +56,7 @@ def build(peer: str, shape: Shape, arguments: argparse.Namespace) -> tuple[Step,
         optimizer.zero_grad()
         return value.detach()
 
-    return step, model
+    return step
 
 
 def first_losses(steps: dict[str, Step], shape: Shape, dtype: str) -> dict[str, float]:
@@ -77,7 +83,7 @@ def peak_memory(peer: str, arguments: argparse.Namespace) -> float:
 
 def print_own_memory(shape: Shape, arguments: argparse.Namespace) -> None:
     """Run three steps of one contestant, and print the highest memory over that of the built model as JSON."""
-    step, _ = build(arguments.memory_of, shape, arguments)
+    step = build(arguments.memory_of, shape, arguments)
     if arguments.compile:  # the compiler's own memory is not the step's
         step()
     gc.collect()
@@ -172,7 +178,7 @@ def main() -> None:
         return
     peers = [ALIASES[alias] for alias in arguments.peers]
     memory = {} if arguments.no_memory else {peer: peak_memory(peer, arguments) for peer in peers}
-    steps = {peer: build(peer, shape, arguments)[0] for peer in peers}
+    steps = {peer: build(peer, shape, arguments) for peer in peers}
     first_losses(steps, shape, arguments.dtype)
     size = 128 if arguments.smoke else 2048 if arguments.device == "cpu" else 8192
     dtype = torch.float32 if arguments.dtype == "fp32" else torch.bfloat16

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +11,8 @@ import pytest
 
 from sat_lightning.data.buckets import Buckets
 from sat_lightning.data.mixture import Mixture
+from tests.processes import launch
 
-ROOT = Path(__file__).resolve().parents[1]
-RANK_VARIABLES = {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK"}
 SIZE = 59
 BUDGET = {"bucket_size": 16, "max_tokens": 14}
 
@@ -98,11 +94,7 @@ if __name__ == "__main__":
 def run_in_two_processes(folder: Path, jobs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """What each rank found, job by job."""
     (folder / "worker.py").write_text(WORKER)
-    ours = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
-    environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES} | ours
-    command = [sys.executable, str(folder / "worker.py"), json.dumps(jobs), str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch(str(folder / "worker.py"), json.dumps(jobs), str(folder), timeout=900)
     ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert not [job["error"] for job in ranks[0] if "error" in job]
     return [list(job) for job in zip(*ranks, strict=True)]

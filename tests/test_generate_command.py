@@ -15,27 +15,8 @@ from sat_lightning.cli import main
 from sat_lightning.data import ByteTokenizer
 from sat_lightning.generation import BaseStrategy, generate, greedy
 from sat_lightning.training.commands import generate as command
+from tests.writer_example import fit_writer
 
-RECIPE = """
-model:
-  class_path: LanguageModelingTask
-  init_args:
-    model:
-      class_path: GPT2Model
-      init_args:
-        config: {num_layers: 1, hidden_size: 16, num_attention_heads: 2, vocab_size: 257, max_sequence_length: 48}
-    optim: {learning_rate: 0.02}
-data:
-  class_path: SATDataModule
-  init_args: {path: text.txt, sequence_length: 16, batch_size: 4, validation: 0.2}
-trainer:
-  accelerator: cpu
-  devices: 1
-  max_steps: 3
-  enable_progress_bar: false
-  enable_model_summary: false
-  callbacks: [{class_path: ExportModel}]
-"""
 PROMPTS = ["To be", "or not to be, that", "x", "", "question", "Üb", "that is"]
 
 
@@ -45,10 +26,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        Path("text.txt").write_text("To be, or not to be, that is the question.\n" * 60)
-        Path("tiny.yaml").write_text(RECIPE)
-        main(["fit", "--config", "tiny.yaml"])
-    return folder / "runs" / "tiny" / "version_0"
+        return folder / fit_writer(callbacks="[{class_path: ExportModel}]")
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """Fine-tuned models become plain ones: several adapters one, adapters weights, from the command line too."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch.testing import assert_close
@@ -17,27 +15,9 @@ from sat_lightning.mixins.combine import combine_loras
 from sat_lightning.training.commands.merge import load_finetuned
 from tests.families import FAMILIES
 from tests.test_lora import gpt2, randomise, run
+from tests.writer_example import fit_writer
 
-RECIPE = """
-model:
-  class_path: LanguageModelingTask
-  init_args:
-    model:
-      class_path: GPT2Model
-      init_args:
-        config: {num_layers: 1, hidden_size: 16, num_attention_heads: 2, vocab_size: 257, max_sequence_length: 48}
-    mixins: {lora: {class_path: sat_lightning.mixins.LoraMixin, init_args: {rank: 2, rank_pattern: {dense: 3}}}}
-    optim: {learning_rate: 0.02}
-data:
-  class_path: SATDataModule
-  init_args: {path: text.txt, sequence_length: 16, batch_size: 4, validation: 0.2}
-trainer:
-  accelerator: cpu
-  devices: 1
-  max_steps: 3
-  enable_progress_bar: false
-  enable_model_summary: false
-"""
+LORA = "{lora: {class_path: sat_lightning.mixins.LoraMixin, init_args: {rank: 2, rank_pattern: {dense: 3}}}}"
 
 
 def with_loras(model):
@@ -176,19 +156,16 @@ def test_the_verb_merges_adapters(kind, tmp_path, capsys):
 def test_the_verb_merges_a_run(base, tmp_path, monkeypatch, capsys):
     """Its base is in the checkpoint, or is what the run began with: weights, or random ones."""
     monkeypatch.chdir(tmp_path)
-    Path("text.txt").write_text("To be, or not to be, that is the question.\n" * 60)
-    recipe = RECIPE
+    recipe = {"mixins": LORA}
     if base != "saved":
         from sat_lightning import TransformerConfig
         from sat_lightning.models import GPT2Model
 
         sizes = {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 257}
         GPT2Model(TransformerConfig(**sizes, max_sequence_length=48)).save_pretrained("base")
-        recipe = RECIPE.replace("max_steps: 3", "max_steps: 3\n  callbacks: [{class_path: TrainableOnly}]")
-        recipe += "init_from: base\n" if base == "init_from" else "seed_everything: 7\n"
-    Path("tiny.yaml").write_text(recipe)
-    main(["fit", "--config", "tiny.yaml"])
-    folder = "runs/tiny/version_0"
+        recipe["callbacks"] = "[{class_path: TrainableOnly}]"
+        recipe["more"] = "init_from: base\n" if base == "init_from" else "seed_everything: 7\n"
+    folder = str(fit_writer(**recipe))
     tuned = load_finetuned(folder)
     lora = tuned.get_mixin("lora")
     assert any((pair.abs() > 0).any() for name, pair in lora.named_parameters() if "matrix_B" in name)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -20,10 +17,10 @@ from sat_lightning.models import GPT2Model
 from sat_lightning.training import EMA
 from sat_lightning.training.zero_checkpoint import read_as_lightning
 from tests.ema_worker import CASES, NUM_STEPS, SAVED_AT
+from tests.processes import launch
 from tests.training_examples import counting_loader, make_trainer
 from tests.zero_cases import FAMILIES, Case
 
-ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.timeout(1200)  # two processes on a busy machine
 
 
@@ -38,10 +35,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     @cache
     def run(kind: str) -> Path:
         folder = tmp_path_factory.mktemp(kind)
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
-        command = [sys.executable, "-m", "tests.ema_worker", str(folder), kind]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
-        assert done.returncode == 0, done.stderr[-4000:]
+        launch("-m", "tests.ema_worker", str(folder), kind)
         return folder
 
     return run

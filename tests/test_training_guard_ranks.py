@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.processes import launch
+
 STRATEGIES = ("ddp", "ddp_find_unused_parameters_true", "zero_0", "zero_1", "zero_2", "zero_3")
 #: What is bad, accumulated batches, batches, bad ones, those left out.
 SCENES = {
@@ -60,10 +58,7 @@ MATRIX = [
 
 def run_in_two_processes(folder: Path, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     (folder / "cases.json").write_text(json.dumps(cases))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
-    command = [sys.executable, "-m", "tests.guard_worker", str(folder / "cases.json"), str(folder / "results.json")]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch("-m", "tests.guard_worker", str(folder / "cases.json"), str(folder / "results.json"))
     return [json.loads((folder / f"results.{rank}").read_text()) for rank in (0, 1)]
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +17,8 @@ from sat_lightning.training import SkipNonFinite, zero_groups
 from sat_lightning.training.zero_groups import join_groups
 from tests.cost_counter import StepCosts, counting
 from tests.guard_examples import Stranger, fit, make_batches, make_guarded_task
+from tests.processes import launch
 
-ROOT = Path(__file__).resolve().parents[1]
 STRATEGIES = ("ddp", "zero_0", "zero_1", "zero_2", "zero_3")
 CASES = [
     *({"strategy": strategy, "what": what} for strategy in STRATEGIES for what in ("minimal", "ours", "guarded")),
@@ -45,10 +42,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What rank 0 counted, per batch; the other one counts the same."""
     folder = tmp_path_factory.mktemp("costs")
     (folder / "cases.json").write_text(json.dumps([{**case, "name": name_of(case)} for case in CASES]))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
-    command = [sys.executable, "-m", "tests.cost_worker", str(folder / "cases.json"), str(folder / "results.json")]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch("-m", "tests.cost_worker", str(folder / "cases.json"), str(folder / "results.json"))
     ranks = [json.loads((folder / f"results.{rank}").read_text()) for rank in (0, 1)]
     assert not [result["error"] for result in ranks[0].values() if "error" in result]
     assert ranks[0] == ranks[1]

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-RANK_VARIABLES = {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK"}
+from tests.processes import launch
 
 WORKER = """
 import errno, json, os, sys
@@ -88,11 +84,7 @@ for name, make in (("ddp", DDPStrategy), ("zero", lambda **of: SATDeepSpeedStrat
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("full")
     (folder / "worker.py").write_text(WORKER)
-    ours = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
-    environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES} | ours
-    command = [sys.executable, str(folder / "worker.py"), str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch(str(folder / "worker.py"), str(folder), timeout=600)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

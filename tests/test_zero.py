@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -17,10 +14,9 @@ from safetensors.torch import load_file
 
 from sat_lightning.checkpoint import load_checkpoint
 from sat_lightning.training.zero_shards import LightningShards, ShardFiles
+from tests.processes import results_of
 from tests.zero_cases import FAMILIES, MATRIX, NUM_STEPS, Case, run_case
 
-RANK_VARIABLES = {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK"}
-ROOT = Path(__file__).resolve().parents[1]
 #: Every strategy once, and each value of everything else with some strategy.
 QUICK = [
     Case("ddp", "32-true", 3, "gpt2_with_mixins"),
@@ -54,19 +50,9 @@ def job(case: Case, name: str | None = None, **arguments: Any) -> dict[str, Any]
     return {"name": name or str(case), "case": asdict(case), **arguments}
 
 
-def launch(module: str, *words: str) -> None:
-    """Run a module, whose Trainer starts the processes of the other ranks."""
-    ours = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
-    environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES} | ours
-    command = [sys.executable, "-m", module, *words]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
 def run_in_processes(folder: Path, jobs: list[dict[str, Any]], num_ranks: int = 2) -> dict[str, Any]:
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    launch("tests.zero_worker", str(folder / "jobs.json"), str(folder / "results.json"), str(num_ranks))
-    return json.loads((folder / "results.json").read_text())
+    return results_of("tests.zero_worker", folder, str(folder / "jobs.json"), str(num_ranks))
 
 
 @cache

@@ -17,7 +17,8 @@ from torch.utils.data import Dataset
 from sat_lightning import SATDataModule
 from sat_lightning.training import DataOptions
 from sat_lightning.training.zero_shards import ShardFiles
-from tests.test_zero import assert_same, launch
+from tests.processes import launch
+from tests.test_zero import assert_same
 from tests.training_examples import make_model, make_task, make_trainer
 from tests.zero_cases import OPTIM, Case, make_strategy
 
@@ -88,7 +89,7 @@ def run_in_ranks(num_ranks: int, folder: Path, source: Path | None = None) -> li
     jobs = [(vars(case), str(folder / str(case)), source and str(source / str(case) / "saved.ckpt")) for case in CASES]
     folder.mkdir()
     (folder / "jobs.json").write_text(json.dumps({"num_ranks": num_ranks, "jobs": jobs}))
-    launch("tests.test_zero_ranks", str(folder / "jobs.json"))
+    launch("-m", "tests.test_zero_ranks", str(folder / "jobs.json"))
     ranks = [json.loads((folder / f"jobs.{rank}").read_text()) for rank in range(num_ranks)]
     return [merge(list(runs)) for runs in zip(*ranks, strict=True)]
 

@@ -257,3 +257,31 @@ def run_case(
         )
         trainer.fit(module, loader, ckpt_path=resume)
     return {"losses": recorder.losses, "norms": logger.norms, "global_step": trainer.global_step}
+
+
+class Losses(L.Callback):
+    """The loss of every batch, on this rank."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        self.values.append(float(outputs["loss"]))
+
+
+def learn(task: L.LightningModule, loader: DataLoader, strategy: str = SINGLE) -> list[float]:
+    """Train for three steps, on two ranks where there is a strategy; both see every row, as one process does."""
+    L.seed_everything(0, verbose=False)
+    losses = Losses()
+    with TemporaryDirectory() as root:
+        trainer = make_trainer(
+            max_steps=3,
+            devices=1 if strategy == SINGLE else 2,
+            strategy=make_strategy(Case(strategy)),
+            use_distributed_sampler=False,
+            callbacks=[losses],
+            gradient_clip_val=1.0,
+            default_root_dir=root,
+        )
+        trainer.fit(task, loader)
+    return losses.values

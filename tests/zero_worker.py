@@ -1,32 +1,27 @@
-"""Runs many cases in the same two processes, or more, since starting them is what takes long.
-
-`python -m tests.zero_worker JOBS RESULTS [NUM_RANKS]`
-"""
+"""Runs many cases in the same two processes, or more: `python -m tests.zero_worker JOBS NUM_RANKS RESULTS`."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-import traceback
 from pathlib import Path
+from typing import Any
 
+from tests.processes import run_each
 from tests.zero_cases import Case, run_case
 
 
-def main(jobs: Path, results: Path, num_ranks: int = 2) -> None:
+def main(jobs: Path, num_ranks: int, results: Path) -> None:
+    by_name = {job.pop("name"): job for job in json.loads(jobs.read_text())}
     rank = int(os.environ.get("LOCAL_RANK", 0))
-    found = {}
-    for job in json.loads(jobs.read_text()):
-        case = Case(**job["case"])
-        try:
-            arguments = {key: value for key, value in job.items() if key not in ("name", "case")}
-            found[job["name"]] = run_case(case, num_ranks, rank, **arguments)
-        except Exception:  # the others are still worth running
-            found[job["name"]] = {"error": traceback.format_exc()}
-    if rank == 0:
-        results.write_text(json.dumps(found))
+
+    def run(name: str) -> dict[str, Any]:
+        job = by_name[name]
+        return run_case(Case(**job.pop("case")), num_ranks, rank, **job)
+
+    run_each(by_name, run, results)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
