@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from sat_lightning.data import PadCollate
 from sat_lightning.errors import ConfigError
 from sat_lightning.models import BertModel, DistillModel, GPT2Model
 from sat_lightning.models.bert import BertConfig
@@ -29,10 +30,11 @@ def make_pair() -> DistillModel:
     return DistillModel(make_model(), make_model(num_layers=1))
 
 
-def test_of_the_chosen_words_80_percent_are_masked_10_another_10_the_same():
+@pytest.mark.parametrize("is_fixed", [False, True])
+def test_of_the_chosen_words_80_percent_are_masked_10_another_10_the_same(is_fixed: bool):
     torch.manual_seed(0)
     input_ids = torch.randint(1, 1000, (200, 500))
-    batch = WordMasking(0, 0.15).hide({"input_ids": input_ids}, 1000)
+    batch = WordMasking(0, 0.15).hide({"input_ids": input_ids}, 1000, is_fixed)
     shown, targets = batch["input_ids"], batch["target_ids"]
     chosen = targets != -100
     assert torch.equal(targets[chosen], input_ids[chosen]) and torch.equal(shown[~chosen], input_ids[~chosen])
@@ -54,6 +56,26 @@ def test_padding_and_special_tokens_are_never_chosen_and_words_are_chosen_whole(
     assert "word_ids" not in batch
 
 
+def test_in_evaluation_a_text_decides_whatever_its_batch_and_its_padding():
+    torch.manual_seed(2)
+    masking, texts = WordMasking(50, 0.3, [7]), [torch.randint(0, 50, (length,)) for length in (30, 9, 30, 17)]
+    texts[2][:20] = texts[0][:20]
+    alone = [masking.hide({"input_ids": text[None]}, 51, is_fixed=True) for text in texts]
+    torch.manual_seed(3)  # random numbers play no part
+    for side in ("right", "left"):
+        together = PadCollate(side=side)([{"input_ids": text, "target_ids": text} for text in texts])
+        hidden = masking.hide(together, 51, is_fixed=True)
+        for row, (text, own) in enumerate(zip(texts, alone, strict=True)):
+            place = slice(0, len(text)) if side == "right" else slice(30 - len(text), 30)
+            for name in ("input_ids", "target_ids"):
+                assert torch.equal(hidden[name][row, place], own[name][0])
+            assert (hidden["target_ids"][row] != -100).sum() == (own["target_ids"] != -100).sum()
+    same_start = [own["target_ids"][0, :20] != -100 for own in (alone[0], alone[2])]
+    assert not torch.equal(*same_start)  # texts that begin alike are hidden apart
+    ones = masking.hide({"input_ids": torch.ones(1, 1000, dtype=torch.long)}, 51, is_fixed=True)
+    assert 0.25 < (ones["target_ids"] != -100).float().mean() < 0.35
+
+
 def test_masks_outside_their_range_are_refused():
     with pytest.raises(ConfigError, match=r"mask_prob is 0\. Set it to a share of the tokens, above 0"):
         WordMasking(3, 0)
@@ -64,9 +86,8 @@ def test_masks_outside_their_range_are_refused():
 def test_the_loss_is_the_mean_over_hidden_words_and_0_without_any():
     task = MaskedLanguageModelingTask(make_bert(), mask_token_id=MASK, mask_prob=0.4).eval()
     batch = {"input_ids": torch.randint(0, 16, (3, 12))}
-    task._generator = torch.Generator().manual_seed(3)
     loss = task.forward_step(batch)
-    hidden = WordMasking(MASK, 0.4).hide(batch, 17, torch.Generator().manual_seed(3))
+    hidden = WordMasking(MASK, 0.4).hide(batch, 17, is_fixed=True)
     targets = hidden["target_ids"]
     expected = F.cross_entropy(task.model(hidden["input_ids"])[0].flatten(0, 1), targets.flatten())
     torch.testing.assert_close(loss, expected)

@@ -18,8 +18,8 @@ Batch = dict[str, Tensor]
 class MaskingTask(SATLightningModule):
     """A task that hides words, or with no `mask_token_id` leaves batches as they are.
 
-    In training the device's own random numbers choose, which a resumed run continues; every validation and test hides
-    the same words.
+    In training the device's own random numbers choose, which a resumed run continues. In evaluation a text decides what is
+    hidden of it: the same words every time, in batches of any size, and on any number of ranks.
 
     Args:
         *args: of `SATLightningModule`.
@@ -41,14 +41,7 @@ class MaskingTask(SATLightningModule):
         self._masking = None
         if mask_token_id is not None:
             self._masking = WordMasking(mask_token_id, mask_prob, special_token_ids)
-        self._generator: torch.Generator | None = None
         self._num_targets = torch.zeros(())
-
-    def on_validation_epoch_start(self) -> None:
-        """Begin the random numbers of the evaluation anew."""
-        self._generator = torch.Generator(self.device).manual_seed(self.global_rank)
-
-    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
 
     def count_targets(self, batch: Batch) -> Tensor:
         """Return how many words of the latest batch were to be guessed."""
@@ -64,8 +57,8 @@ class MaskingTask(SATLightningModule):
             Keywords of the model, and `target_ids` `[b, s]`.
         """
         if self._masking is not None:
-            generator = None if self.training else self._generator
-            batch = self._masking.hide(batch, self._built_model().config.vocab_size, generator)
+            vocab_size = self._built_model().config.vocab_size
+            batch = self._masking.hide(batch, vocab_size, is_fixed=not self.training)
         self._num_targets = (batch["target_ids"] != IGNORED_TARGET).sum()
         return {name: value for name, value in batch.items() if name != "target_ids"}, batch["target_ids"]
 

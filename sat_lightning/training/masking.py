@@ -12,6 +12,9 @@ from sat_lightning.data import IGNORED_TARGET
 from sat_lightning.errors import ConfigError
 
 _SHOWN_AS_MASK, _SHOWN_AS_OTHER = 0.8, 0.1
+_MASK = 2**32 - 1
+_NUM_BITS = 24  # what a float32 holds
+_SALTS = (0x9E3779B9, 0x85EBCA6B, 0xC2B2AE35)
 
 
 class WordMasking:
@@ -36,16 +39,15 @@ class WordMasking:
         self.mask_token_id, self.mask_prob = mask_token_id, mask_prob
         self.special_token_ids = (mask_token_id, *special_token_ids)
 
-    def hide(
-        self, batch: dict[str, Tensor], vocab_size: int, generator: torch.Generator | None = None
-    ) -> dict[str, Tensor]:
+    def hide(self, batch: dict[str, Tensor], vocab_size: int, is_fixed: bool = False) -> dict[str, Tensor]:
         """Hide words of a batch.
 
         Args:
             batch: `input_ids` `[b, s]`. Where `target_ids` are -100, nothing is chosen: that is padding. `word_ids`
                 `[b, s]`, the number of each token's word, let whole words be chosen together.
             vocab_size: words that may be shown instead.
-            generator: of the device; default its own.
+            is_fixed: whether a text decides what is hidden of it: the same in every batch, and on every rank. Default:
+                the random numbers of the device do.
 
         Returns:
             The batch with hidden `input_ids`, and as `target_ids` the words to guess, not shifted, elsewhere -100.
@@ -58,16 +60,34 @@ class WordMasking:
                 f"mask_token_id is {self.mask_token_id} and the model's vocab_size {vocab_size}. Raise vocab_size."
             )
         input_ids, word_ids = batch["input_ids"], batch.get("word_ids")
-        draw = torch.rand(2, *input_ids.shape, device=input_ids.device, generator=generator)
+        is_text = batch["target_ids"] != IGNORED_TARGET if "target_ids" in batch else torch.ones_like(input_ids).bool()
+        if is_fixed:
+            bits = _bits_of(input_ids, is_text)
+            draw, others = bits[:2] / 2**_NUM_BITS, bits[2] % vocab_size
+        else:
+            draw = torch.rand(2, *input_ids.shape, device=input_ids.device)
+            others = torch.randint(vocab_size, input_ids.shape, device=input_ids.device)
         chance = draw[0] if word_ids is None else draw[0].gather(1, word_ids)
-        is_chosen = chance < self.mask_prob
-        if "target_ids" in batch:
-            is_chosen &= batch["target_ids"] != IGNORED_TARGET
+        is_chosen = (chance < self.mask_prob) & is_text
         for token_id in self.special_token_ids:
             is_chosen &= input_ids != token_id
-        others = torch.randint(vocab_size, input_ids.shape, device=input_ids.device, generator=generator)
         shown = torch.where(draw[1] < _SHOWN_AS_MASK + _SHOWN_AS_OTHER, others, input_ids)
         shown = torch.where(draw[1] < _SHOWN_AS_MASK, self.mask_token_id, shown)
         targets = torch.where(is_chosen, input_ids, IGNORED_TARGET)
         rest = {name: value for name, value in batch.items() if name != "word_ids"}
         return rest | {"input_ids": torch.where(is_chosen, shown, input_ids), "target_ids": targets}
+
+
+def _bits_of(input_ids: Tensor, is_text: Tensor) -> Tensor:
+    """Derive numbers below 2^24 from texts, three for each token: `[3, b, s]`; padding plays no part in them."""
+    so_far = (_mix(input_ids + 1) * is_text).cumsum(1) & _MASK
+    whole = _mix((so_far * is_text).sum(1, keepdim=True) & _MASK)
+    seeds = _mix(so_far) ^ whole
+    return torch.stack([_mix(seeds ^ salt) >> (32 - _NUM_BITS) for salt in _SALTS])
+
+
+def _mix(values: Tensor) -> Tensor:
+    """Let each of 32 bits move all of them; the products stay below 2^63."""
+    for _ in range(2):
+        values = ((values ^ (values >> 16)) * 0x45D9F3B) & _MASK
+    return values ^ (values >> 16)

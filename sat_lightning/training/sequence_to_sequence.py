@@ -15,7 +15,7 @@ from sat_lightning.data import IGNORED_TARGET
 from sat_lightning.errors import ConfigError
 from sat_lightning.generation import generate
 from sat_lightning.model import EncoderDecoderModel
-from sat_lightning.training.finite import sum_over_ranks
+from sat_lightning.training.finite import read_highest, sum_over_ranks
 from sat_lightning.training.module import SATLightningModule
 from sat_lightning.training.steps import Step
 
@@ -34,8 +34,8 @@ class SequenceToSequenceTask(SATLightningModule):
         *args: of `SATLightningModule`.
         decoder_start_id: what the decoder reads first; T5's is 0.
         end_token_id: what ends an answer; T5's is 1.
-        num_written_batches: batches of each evaluation, and on each rank, that are answered; 0 for none, and none under
-            ZeRO-3.
+        num_written_batches: batches of each evaluation, and on each rank, that are answered; 0 for none. Under ZeRO-3
+            every rank takes as many steps as the one with the longest targets, and gathers the weights in each.
         **kwargs: of `SATLightningModule`.
     """
 
@@ -120,15 +120,21 @@ class SequenceToSequenceTask(SATLightningModule):
         Returns:
             Ids without the end.
         """
+        model, most = self._built_model(), batch["target_ids"].shape[1]
         mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        length, ends = most, [self.end_token_id]
+        if are_together := any(is_split(parameter) for parameter in model.parameters()):
+            # Ranks that hold pieces of one model take each step together, and none ends before the others.
+            (length,), ends = read_highest([torch.full((1,), most, dtype=torch.int32, device=self.device)]), []
         written = generate(
-            self._built_model(),
+            model,
             [row[seen] for row, seen in zip(batch["input_ids"], mask, strict=True)],
             decoder_start=(self.decoder_start_id,),
-            max_new_tokens=batch["target_ids"].shape[1],
-            end_tokens=[self.end_token_id],
+            max_new_tokens=length,
+            end_tokens=ends,
+            pack_weights=False if are_together else None,
         )
-        return [self._without_end(row.tokens) for row in written]
+        return [self._without_end(row.tokens[:most]) for row in written]
 
     def on_validation_epoch_end(self) -> None:
         """Log the means of the epoch, and how the answers were."""
@@ -141,8 +147,8 @@ class SequenceToSequenceTask(SATLightningModule):
         self._log_scores("test")
 
     def _score(self, batch: Batch, batch_idx: int) -> None:
-        if batch_idx >= self.num_written_batches or any(is_split(p) for p in self._built_model().parameters()):
-            return  # ranks that hold pieces of one model would have to write equally long answers
+        if batch_idx >= self.num_written_batches:
+            return
         expected = [self._without_end([token for token in row if token >= 0]) for row in batch["target_ids"].tolist()]
         is_row = (batch["target_ids"] != IGNORED_TARGET).any(1).tolist()
         for own, right, counts in zip(self.write(batch), expected, is_row, strict=True):

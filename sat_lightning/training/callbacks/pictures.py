@@ -21,7 +21,8 @@ _MIXIN = "attention_maps_of_callback"
 class _Picture(L.Callback):
     """A picture drawn anew after every validation and test, by rank 0; without matplotlib there is a warning and none.
 
-    What it shows is gathered at the first batch of the first set, by all ranks: a forward may need them all.
+    What it shows is gathered at the first batch of the first set, by all ranks, as a forward may need them all; rank 0
+    draws its own part.
     """
 
     def __init__(self, file_name: str) -> None:
@@ -92,7 +93,7 @@ class _Picture(L.Callback):
 
 
 class ConfusionPlotter(_Picture):
-    """Draw the confusion matrix of a classification task.
+    """Draw the confusion matrix of a classification task: all rows of all ranks, each counted once.
 
     Args:
         file_name: of the picture; its ending chooses the format.
@@ -125,6 +126,8 @@ class ConfusionPlotter(_Picture):
 
 class ImageGrid(_Picture):
     """Draw the first images of a set with what was predicted, in red beside the truth where it is wrong.
+
+    Of several ranks they are those of rank 0.
 
     Args:
         num_images: at most; a batch may hold less.
@@ -168,6 +171,8 @@ class ImageGrid(_Picture):
 class AttentionPlotter(_Picture):
     """Draw what the tokens of the first row of a set attend to, a panel for each layer and head.
 
+    Of several ranks it is the first row of rank 0.
+
     Args:
         num_layers: at most, evenly spread.
         num_heads: at most, the first ones.
@@ -193,7 +198,8 @@ class AttentionPlotter(_Picture):
         handle = model.register_forward_hook(keep)
         model.add_mixin(_MIXIN, AttentionMapsMixin())
         try:
-            pl_module.forward_step(batch)
+            with torch.compiler.set_stance("force_eager"):  # compiled code would not call the hook
+                pl_module.forward_step(batch)
         finally:
             model.del_mixin(_MIXIN)
             handle.remove()
