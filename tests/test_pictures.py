@@ -23,6 +23,7 @@ from sat_lightning.training import (
     ImageGrid,
     SequenceClassificationTask,
 )
+from tests.task_examples import TASKS
 from tests.training_examples import make_trainer
 
 SIZES = dict(num_layers=2, hidden_size=32, num_attention_heads=4, vocab_size=50, max_sequence_length=24)
@@ -141,3 +142,11 @@ def test_without_matplotlib_there_is_a_warning_and_the_run_goes_on(
     ):
         trainer.fit(make_text_task(), DataLoader(text_rows(), batch_size=4), DataLoader(text_rows(), batch_size=4))
     assert not list(tmp_path.glob("*.png"))
+
+
+def test_a_model_of_two_backbones_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    example = TASKS["pairs"]
+    trainer = make_trainer(1, default_root_dir=tmp_path, callbacks=[AttentionPlotter()])
+    with pytest.raises(ConfigError, match=r"AttentionPlotter draws a BaseModel, and the model is a T5Model\. Remove"):
+        trainer.fit(example.make(), example.train_loader())
+    assert trainer.global_step == 0

@@ -183,13 +183,17 @@ class AttentionPlotter(_Picture):
         super().__init__(file_name)
         self.num_layers, self.num_heads = num_layers, num_heads
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Find out before the first step that nothing can be drawn.
+
+        Raises:
+            ConfigError: the model is not one backbone.
+        """
+        _model_of(pl_module)
+
     def gather(self, pl_module: Any, batch: Any) -> Any:  # noqa: ANN401
         """Run the batch once more, with a mixin that gives the weights."""
-        model = pl_module.model
-        if not isinstance(model, BaseModel):
-            raise ConfigError(
-                f"AttentionPlotter draws a BaseModel, and the model is a {type(model).__name__}. Remove it."
-            )
+        model = _model_of(pl_module)
         maps: list[Tensor] = []
 
         def keep(model: Any, args: Any, output: Any) -> None:  # noqa: ANN401
@@ -221,6 +225,13 @@ class AttentionPlotter(_Picture):
                 axes.set(xticks=[], yticks=[])
                 axes.set_title(f"layer {layer_id}, head {head}", fontsize="x-small")
         return True
+
+
+def _model_of(pl_module: Any) -> BaseModel:  # noqa: ANN401
+    model = pl_module.model
+    if not isinstance(model, BaseModel):
+        raise ConfigError(f"AttentionPlotter draws a BaseModel, and the model is a {type(model).__name__}. Remove it.")
+    return model
 
 
 def _to_picture(image: Tensor) -> Any:  # noqa: ANN401 - an array
