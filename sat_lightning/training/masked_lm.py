@@ -18,8 +18,8 @@ Batch = dict[str, Tensor]
 class MaskingTask(SATLightningModule):
     """A task that hides words, or with no `mask_token_id` leaves batches as they are.
 
-    In training the device's own random numbers choose, which a resumed run continues. In evaluation a text decides what is
-    hidden of it: the same words every time, in batches of any size, and on any number of ranks.
+    In training the device's own random numbers choose, which a resumed run continues. In evaluation a text decides what
+    is hidden of it: the same words every time, in batches of any size, and on any number of ranks.
 
     Args:
         *args: of `SATLightningModule`.

@@ -28,7 +28,7 @@ class SequenceToSequenceTask(SATLightningModule):
     The targets are not shifted, and -100 where there is none; the decoder reads `decoder_start_id` and all targets but
     the last. In validation and test the model also writes answers to the first batches, token by token the most likely
     one: `<stage>_exact_match` is the share of rows in which every target is met, `<stage>_rouge_l` the mean F1 of the
-    longest common subsequence of tokens (Lin 2004), the end left out.
+    longest common subsequence of tokens (Lin 2004), the end left out, and what is longer than the targets cut off.
 
     Args:
         *args: of `SATLightningModule`.
@@ -150,9 +150,10 @@ class SequenceToSequenceTask(SATLightningModule):
         if batch_idx >= self.num_written_batches:
             return
         expected = [self._without_end([token for token in row if token >= 0]) for row in batch["target_ids"].tolist()]
-        is_row = (batch["target_ids"] != IGNORED_TARGET).any(1).tolist()
-        for own, right, counts in zip(self.write(batch), expected, is_row, strict=True):
-            if counts:
+        num_targets = (batch["target_ids"] != IGNORED_TARGET).sum(1).tolist()
+        for written, right, room in zip(self.write(batch), expected, num_targets, strict=True):
+            if room:
+                own = written[:room]  # what other rows of the batch have room for is no matter
                 values = (float(own == right), rouge_l(own, right), 1.0)
                 self._scores = [total + value for total, value in zip(self._scores, values, strict=True)]
 
