@@ -50,7 +50,7 @@ def build(class_name: str, options: Mapping[str, Any] = {}, **changes: Any) -> A
 
 def build_pair(**changes: Any) -> DistillModel:
     """A teacher and a student of two families."""
-    return DistillModel(build("GPT2Model", **changes), build("LLaMAModel", {"num_layers": 1}, **changes))
+    return DistillModel(build("GPT2Model", **changes), build("LLaMAModel", **{"num_layers": 1, **changes}))
 
 
 @dataclass(frozen=True)
