@@ -110,6 +110,14 @@ def test_a_template_lies_in_a_file_of_its_own_or_among_several_or_is_given(model
     assert find_template(source, str(tmp_path / "own.jinja")).encode(asked)[:2] == [place("c"), place("d")]
 
 
+def test_marks_of_what_was_generated_are_no_text() -> None:
+    inside = "{{ m.content }}{% if loop.last %}!{% endif %}"
+    text = f"{{% for m in messages %}}{{% generation %}}{inside}{{% endgeneration %}}{{% endfor %}}"
+    template = JinjaTemplate(text, lambda text: map(ord, text))
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert template.encode(said) == [ord(letter) for letter in "ab!"]
+
+
 def test_a_template_is_data_and_runs_in_a_sandbox() -> None:
     template = JinjaTemplate("{{ ''.__class__.__mro__[1].__subclasses__() }}", list)
     with pytest.raises(DataError, match="refuses this talk"):

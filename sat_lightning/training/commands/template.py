@@ -43,7 +43,8 @@ class JinjaTemplate:
         from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        extensions = [loopcontrols, _answer_mark()]
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         environment.filters["tojson"] = _to_json
         environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
         self._encode, self._names, self._error = encode, dict(names or {}), jinja2.TemplateError
@@ -164,6 +165,20 @@ def _read_json(path: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise DataError(f"{path} is no JSON: {error}.") from error
     return values if isinstance(values, dict) else {}
+
+
+def _answer_mark() -> Any:  # noqa: ANN401 - the library is loaded when it is needed
+    """Return what reads `{% generation %}`, by which Hugging Face's templates mark answers, as the text inside."""
+    from jinja2.ext import Extension
+
+    class AnswerMark(Extension):
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:  # noqa: ANN401
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    return AnswerMark
 
 
 def _spelling(value: Any) -> Any:  # noqa: ANN401
