@@ -163,6 +163,62 @@ def test_the_label_of_a_word_is_the_target_of_its_first_token(tmp_path: Path) ->
     assert batch["target_ids"][0].tolist() == [-100, 1] + [-100] * 8 and not batch["token_mask"][1].any()
 
 
+def test_numbers_are_places_unless_the_names_are_numbers() -> None:
+    from sat_lightning.data import Labels
+
+    assert [Labels("x", ["bad", "good"]).number(label) for label in ("good", "0", 1, " bad ")] == [1, 0, 1, 0]
+    stars = Labels("stars", ["1", "2", "3"])
+    assert [stars.number(label) for label in ("1", 3)] == [0, 2]
+    with pytest.raises(DataError, match="label 0 in field 'stars' is none of the 3 labels"):
+        stars.number(0)  # once taken for the first one, "1"
+    assert Labels("x", 3).number("2") == 2
+
+
+def test_words_are_framed_by_what_the_file_puts_around_a_text() -> None:
+    import tokenizers
+
+    words = {word: number for number, word in enumerate(["<pad>", "<s>", "</s>", "[UNK]", "a", "b"])}
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    library.post_processor = tokenizers.processors.RobertaProcessing(("</s>", 2), ("<s>", 1))
+    frame = Frame(TokenizersFile("a file", content=library.to_str().encode()), 9)
+    assert frame.join([[np.array([4]), np.array([5])]])[0].tolist() == frame(["a b"])[0].tolist() == [1, 4, 5, 2]
+
+
+def test_choices_count_with_all_their_tokens_and_images_with_none(tmp_path: Path) -> None:
+    rows = [{"text": "q" * (n % 7), "endings": ["a", "b" * (n % 5)], "label": 0} for n in range(40)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    samples = dict(fields=["text"], choices=["endings"], label="label", labels=2)
+    options = DataOptions(samples=SampleOptions(**samples), cache_dir=str(tmp_path / "cache"), max_tokens=64)
+    data = SATDataModule(path, 160, 4, validation=0, options=options)
+    data.prepare_data()
+    sizes = [batch["input_ids"].numel() for batch in data.train_dataloader()]
+    assert max(sizes) <= 64 and sum(sizes) > 400
+    images = tmp_path / "images"
+    from PIL import Image
+
+    for name in "ab":
+        (images / name).mkdir(parents=True)
+        for number in range(4):
+            Image.fromarray(np.zeros((4 + number, 4, 3), dtype=np.uint8)).save(images / name / f"{number}.png")
+    of_images = SampleOptions(image="image", label="label", labels=["a", "b"])
+    data = SATDataModule(str(images), 160, 4, validation=0, options=DataOptions(samples=of_images, bucket_size=8))
+    with pytest.raises(DataError, match="count input_ids, and samples of .* hold image, target_ids. Do without them"):
+        data.prepare_data()
+    data = make_data(str(images), tmp_path, dict(image="image", label="label", labels=["a", "b"]), validation=0)
+    with pytest.raises(DataError, match=r"images of one batch are \[3, \d, 4\] and .*Set samples.image_size"):
+        list(data.train_dataloader())
+
+
+def test_a_batch_of_which_nothing_counts_has_no_loss(tmp_path: Path) -> None:
+    task = TokenClassificationTask(make_bert(sizes=[3]))
+    batch = {"input_ids": torch.ones(2, 5, dtype=torch.long), "token_mask": torch.ones(2, 5, dtype=torch.bool)}
+    loss, metrics = task.forward_step(batch | {"target_ids": torch.full((2, 5), -100)})  # type: ignore[misc]
+    loss.backward()
+    assert loss == 0 and metrics["accuracy"] == 0
+    assert not any(p.grad is not None and p.grad.any() for p in task.parameters())
+
+
 TASKS = {
     "text": (SequenceClassificationTask, {"sizes": [2], "pooling": "mean"}, "demo://sentiment", SENTIMENT),
     "words": (
@@ -302,6 +358,20 @@ def test_predictions_are_written_with_the_names_of_the_labels(tmp_path: Path) ->
         assert line["name"] == ["negative", "positive"][line["label"]]
         assert sum(line["probabilities"]) == pytest.approx(1, abs=1e-5)
         assert line["probabilities"][line["label"]] == max(line["probabilities"])
+
+
+def test_predictions_of_words_are_those_of_the_words_and_nothing_else(tmp_path: Path) -> None:
+    _, head, path, samples = TASKS["words"]
+    task = TokenClassificationTask(make_bert(**head))
+    data = make_data(path, tmp_path, samples, validation=0.002)
+    make_trainer(default_root_dir=tmp_path, callbacks=PredictionWriter()).predict(task, data)
+    lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    rows = data.rows("validation")
+    assert len(lines) == len(rows) == 8
+    for row, line in enumerate(lines):
+        num_words = int((rows[row]["target_ids"] != -100).sum())
+        assert [len(line[name]) for name in ("label", "probabilities", "name")] == [num_words] * 3
+        assert line["name"] == [samples["labels"][label] for label in line["label"]]
 
 
 def test_images_are_scaled_resized_and_learned(tmp_path: Path) -> None:

@@ -367,3 +367,50 @@ def test_settings_that_cannot_be_are_refused() -> None:
     with pytest.raises(DataError, match="Silent does not tell how many tokens a row has"):
         list(data.train_dataloader())
     assert np.ndim(data.mixture.epoch_size) == 0
+
+
+def test_a_validation_path_is_read_as_that_of_training_or_as_it_says(chat: str, tmp_path: Path) -> None:
+    (tmp_path / "held.csv").write_text("q;a\nx;y\nz;w\n")
+    (tmp_path / "train.csv").write_text("q;a\n" + "one;two\n" * 20)
+    samples = SampleOptions(fields=["q", "a"])
+    options = DataOptions(samples=samples, cache_dir=str(tmp_path / "cache"))
+    train, held = str(tmp_path / "train.csv"), str(tmp_path / "held.csv")
+
+    def texts(path: Any, validation: Any) -> dict[str, list[bytes]]:
+        data = SATDataModule(path, 32, 4, validation=validation, options=options)
+        data.prepare_data()
+        loaders = data.val_dataloader()
+        named = zip(data.set_names("validation"), loaders if isinstance(loaders, list) else [loaders], strict=True)
+        return {
+            name: [bytes(row[row != 0].tolist()) for batch in loader for row in batch["input_ids"]]
+            for name, loader in named
+        }
+
+    semicolon, shouted = {"delimiter": ";"}, [b"XY", b"ZW"]
+    one = [{"path": train, "options": semicolon, "process_fn": f"{THIS}.shout"}]
+    assert texts(one, held) == {"": shouted}
+    assert texts(one, {"path": held, "options": semicolon}) == {"": [b"xy", b"zw"]}
+    assert texts(one, {"a": held, "b": {"path": held, "options": semicolon}}) == {"a": shouted, "b": [b"xy", b"zw"]}
+    with pytest.raises(DataError, match="a source of path has no field 'optoins'.*Did you mean 'options'"):
+        texts(one, {"a": {"path": held, "optoins": semicolon}})
+    with pytest.raises(DataError, match="the set a has a share, and of it every row counts"):
+        texts(one, {"a": {"path": held, "weight": 2.0}})
+    # Of several sources none is more alike than the others.
+    several = [*one, {"path": chat, "process_fn": f"{THIS}.number_of_prompt"}]
+    with pytest.raises(DataError, match="held.csv.*no field 'q'"):
+        texts(several, held)
+
+
+def number_of_prompt(row: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.ones(2, dtype=torch.int64), "target_ids": torch.ones(2, dtype=torch.int64)}
+
+
+def test_a_function_for_training_rows_is_one_for_validation_rows_too(tmp_path: Path) -> None:
+    rows = "".join(json.dumps({"id": n, "text": "long text " * 9}) + "\n" for n in range(12))
+    for name in ("train.jsonl", "held.jsonl"):
+        (tmp_path / name).write_text(rows)
+    options = DataOptions(cache_dir=str(tmp_path / "cache"))
+    path = [WeightedPath(str(tmp_path / "train.jsonl"), process_fn=f"{THIS}.number_of")]
+    data = SATDataModule(path, 8, 4, validation=str(tmp_path / "held.jsonl"), options=options)
+    data.prepare_data()
+    assert [ids[0] for batch in data.val_dataloader() for ids in batch["input_ids"].tolist()] == list(range(12))

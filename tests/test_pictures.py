@@ -150,3 +150,29 @@ def test_a_model_of_two_backbones_is_refused_before_the_first_step(tmp_path: Pat
     with pytest.raises(ConfigError, match=r"AttentionPlotter draws a BaseModel, and the model is a T5Model\. Remove"):
         trainer.fit(example.make(), example.train_loader())
     assert trainer.global_step == 0
+
+
+def test_many_classes_make_no_giant_picture(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    for num_classes, is_named in ((5, True), (400, False)):
+        task = make_text_task()
+        task.confusion = {"val": torch.eye(num_classes, dtype=torch.int64)}
+        figure = Figure(layout="constrained")
+        assert ConfusionPlotter().draw(figure, task, "val")
+        width, height = figure.get_size_inches()
+        assert width < 26 and height < 26
+        assert bool(figure.axes[0].get_xticklabels()[1].get_text() == "1") == is_named
+        figure.savefig(tmp_path / "picture.png", dpi=20)
+
+
+def test_a_model_that_attends_otherwise_has_no_maps(tmp_path: Path) -> None:
+    class Mean(BaseMixin):
+        def attention_forward(self, hidden_states, mask, **kw):
+            return hidden_states.mean(1, keepdim=True).expand_as(hidden_states)
+
+    task, plotter = make_text_task(), AttentionPlotter()
+    task.model.add_mixin("mean", Mean())
+    loader = DataLoader(text_rows(), batch_size=4)
+    make_trainer(default_root_dir=tmp_path, callbacks=[plotter]).validate(task, loader, verbose=False)
+    assert plotter._shown is None and not list(tmp_path.glob("*.png"))

@@ -55,6 +55,40 @@ def test_pairs_are_not_packed_and_a_field_is_missed_by_name():
         tokenize({"text": "a", "summary": "b"})
 
 
+def test_the_data_module_gives_the_encoder_what_is_read_and_the_decoder_what_is_written(tmp_path: Path):
+    data = make_data(tmp_path)
+    data.prepare_data()
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        for batch in loader:
+            assert set(batch) == {"input_ids", "attention_mask", "target_ids"}
+            for read, mask, written in zip(
+                batch["input_ids"], batch["attention_mask"], batch["target_ids"], strict=True
+            ):
+                text = bytes(read[mask].tolist()).decode()
+                assert len(text) >= 2 and text == text[0] * len(text)
+                assert written.tolist() == [ord(text[0]), END]
+
+
+def test_a_side_of_a_pair_may_have_one_token_and_no_more_than_there_is_room_for():
+    tokenize = TokenizePair(
+        Tokenize("bytes", ["text"], None, 4, "truncate", False), Tokenize("bytes", ["summary"], None, 4)
+    )
+    pair = tokenize({"text": "x", "summary": ""})
+    assert pair["input_ids"].tolist() == [*b"x"] and pair["target_ids"].tolist() == [END]
+    assert tokenize({"text": "abcdef", "summary": "abc"})["input_ids"].tolist() == [*b"abcd"]
+    with pytest.raises(DataError, match="5 tokens are more than max_length=4"):
+        tokenize({"text": "a", "summary": "abcd"})
+    with pytest.raises(DataError, match="no text in text. Remove the empty row"):
+        tokenize({"text": "", "summary": "a"})
+
+
+def test_a_batch_without_a_target_has_no_loss_and_no_gradient():
+    task = SequenceToSequenceTask(make_t5(), **OWN)
+    loss = task.forward_step(PairCollate()([*make_pairs()]) | {"target_ids": torch.full((2, 3), -100)})
+    loss.backward()
+    assert loss == 0 and not any(p.grad is not None and p.grad.any() for p in task.parameters())
+
+
 def test_the_loss_is_that_of_each_pair_alone():
     task = SequenceToSequenceTask(make_t5(), **OWN).eval()
     pairs = make_pairs()
@@ -76,7 +110,7 @@ def test_answers_are_scored():
 
 def test_a_model_learns_to_write_and_says_how_well(tmp_path: Path):
     torch.manual_seed(0)
-    optim = {"learning_rate": 1e-2, "warmup_steps": 10}
+    optim = {"learning_rate": 1e-2, "warmup_steps": 10, "schedule": "constant"}
     task = SequenceToSequenceTask(make_t5, optim=optim, **OWN)
     trainer = make_trainer(150)
     trainer.fit(task, datamodule=make_data(tmp_path))

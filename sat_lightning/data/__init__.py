@@ -23,6 +23,9 @@ Where a row of a file is a sample, it is read by number, and where it cannot be,
       samples: {fields: [prompt, answer], learned: [answer], too_long: truncate}    # pack: true for packed rows
       bucket_size: 4096                                                             # similar lengths side by side
       max_tokens: 16384                                                             # of a rank's batch, with padding
+
+Text around the fields, or the messages of a chat, are `samples.template`: `"Question: {prompt} Answer: {answer}"`, or
+`chat` for the template of the tokenizer's folder. A validation path is read as that of training, or has its own fields.
 """
 
 # Importing the formats registers them; none of them imports a library of the extra [data] before it is used.

@@ -29,6 +29,7 @@ class PadCollate:
             (encoders). `causal`: bool `[b, 1, s, t]`, no later token either. `none`: left to the model, which is right
             for a causal model and padding on the right, as no token sees what follows it.
         position_ids: add `[b, s]`, from 0 at the first token that is no padding.
+        token_mask: add bool `[b, s]`, true for tokens.
         fields: sequences to collate, for instance `input_ids`; default all of one dimension of the first sample.
 
     Raises:
@@ -44,6 +45,7 @@ class PadCollate:
         attention_mask: Literal["none", "padding", "causal"] = "none",
         position_ids: bool = False,
         fields: Sequence[str] | None = None,
+        token_mask: bool = False,
     ) -> None:
         self.length = length
         self.multiple_of = multiple_of
@@ -52,6 +54,7 @@ class PadCollate:
         self.attention_mask = attention_mask
         self.position_ids = position_ids
         self.fields = fields
+        self.token_mask = token_mask
         if side not in ("right", "left") or attention_mask not in ("none", "padding", "causal"):
             raise DataError(
                 f"collate: side is {side!r} and attention_mask {attention_mask!r}. Set them to one of right, left, and "
@@ -84,6 +87,8 @@ class PadCollate:
         if self.attention_mask != "none":
             mask = is_token[:, None, None, :]  # [b, 1, 1, t]
             batch["attention_mask"] = mask if self.attention_mask == "padding" else mask & _causal(width)
+        if self.token_mask:
+            batch["token_mask"] = is_token
         if self.position_ids:
             batch["position_ids"] = torch.from_numpy(np.maximum(columns - starts, 0))
         return batch
@@ -160,6 +165,11 @@ class LabelCollate:
         shape = [max(sizes) for sizes in zip(*shapes, strict=True)]
         if shape and name != "image":
             shape[-1] = -(-shape[-1] // self.multiple_of) * self.multiple_of
+        if name == "image" and any(list(size) != shape for size in shapes):
+            raise DataError(
+                f"collate: images of one batch are {' and '.join(str(list(size)) for size in dict.fromkeys(shapes))}. "
+                "Set samples.image_size, and give all of them as many channels."
+            )
         stacked = like.new_full((len(values), *shape), IGNORED_TARGET if name == "target_ids" else 0)
         for row, value in zip(stacked, values, strict=True):
             if value is not None:

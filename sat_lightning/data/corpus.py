@@ -100,13 +100,17 @@ class Reading:
         }
 
     def open_all(
-        self, sources: Sequence[WeightedPath], own: dict[str, dict[str, str]], fractions: dict[str, float], seed: int
+        self,
+        sources: Sequence[WeightedPath],
+        own: dict[str, dict[str, WeightedPath]],
+        fractions: dict[str, float],
+        seed: int,
     ) -> dict[str, dict[str, Rows]]:
         """Open every split of everything.
 
         Args:
             sources: what to train on, and to hold fractions out of.
-            own: paths of their own for `validation` and `test`, by name.
+            own: sources of their own for `validation` and `test`, by name.
             fractions: of `validation` and `test`.
             seed: chooses what is held out.
 
@@ -117,24 +121,24 @@ class Reading:
         for source in sources:
             for split, rows in self.open_splits(source, fractions, seed).items():
                 splits.setdefault(split, {})[str(source.name)] = rows
-        for split, paths in own.items():
-            if paths:
-                splits[split] = {name: self.open_whole(path, split) for name, path in paths.items()}
+        for split, sources_of_split in own.items():
+            if sources_of_split:
+                splits[split] = {name: self.open_whole(source, split) for name, source in sources_of_split.items()}
         return splits
 
-    def open_whole(self, path: str, split: str) -> Rows:
+    def open_whole(self, source: WeightedPath, split: str) -> Rows:
         """Open a source of its own for a split.
 
         Args:
-            path: text, tokens or samples.
+            source: text, tokens or samples.
             split: what it is for.
 
         Returns:
             All its rows.
         """
-        if self.samples is not None:
-            return self.open_splits(WeightedPath(path), {}, 0)["train"]
-        store = self.open_store(WeightedPath(path))
+        if self._is_of_samples(source):
+            return self.open_splits(source, {}, 0)["train"]
+        store = self.open_store(source)
         return self._pack(store, split, [(0, len(store))], keep_incomplete=True)
 
     def _is_of_samples(self, source: WeightedPath) -> bool:

@@ -13,6 +13,8 @@ from sat_lightning.errors import DataError, nearest
 
 Where = str | list[str] | Dataset[Any]
 
+_WHERE = {"path", "dataset", "create_dataset", "class_path"}
+
 
 @dataclass(frozen=True)
 class WeightedPath:
@@ -74,18 +76,34 @@ def list_sources(path: Where | Sequence[str | WeightedPath | Mapping[str, Any] |
     return [replace(source, name=name) for source, name in zip(sources, names, strict=True)]
 
 
-def named_paths(held_out: float | str | dict[str, str] | None) -> dict[str, str]:
-    """List the paths of their own that validation or test have.
+def held_out_sources(
+    held_out: float | str | Mapping[str, Any] | Dataset[Any] | None, trained: Sequence[WeightedPath]
+) -> dict[str, WeightedPath]:
+    """List the sources of their own that validation or test have.
 
     Args:
-        held_out: a fraction, a path, or several by name.
+        held_out: a fraction; a path or dataset, or the fields of a `WeightedPath`; or several of these by name.
+        trained: what is trained on; a bare path is read as it is, where it is one source.
 
     Returns:
-        Paths by name, which is empty for the only one; none for a fraction.
+        Sources by name, which is empty for the only one; none for a fraction.
+
+    Raises:
+        DataError: a mapping has a field that `WeightedPath` has not, or a share.
     """
-    if isinstance(held_out, str):
-        return {"": held_out}
-    return held_out if isinstance(held_out, dict) else {}
+    if held_out is None or isinstance(held_out, (int, float)):
+        return {}
+    known = {field.name for field in fields(WeightedPath)} | {"class_path", "init_args"}
+    is_several = isinstance(held_out, Mapping) and not (held_out.keys() <= known and held_out.keys() & _WHERE)
+    named: Mapping[str, Any] = held_out if is_several else {"": held_out}  # type: ignore[assignment]
+    found = {name: _read_entry(value) for name, value in named.items()}
+    for name, source in found.items():
+        if any(share is not None for share in (source.weight, source.probability, source.tokens)):
+            raise DataError(f"data: the set {name or source.path} has a share, and of it every row counts. Remove it.")
+        if isinstance(named[name], str) and len(trained) == 1:
+            alike = {field: getattr(trained[0], field) for field in ("create_dataset", "process_fn", "options")}
+            found[name] = replace(source, **alike)
+    return found
 
 
 def build_object(value: Any, what: str) -> Any:  # noqa: ANN401 - whatever a configuration says

@@ -38,6 +38,8 @@ class Frame:
                 tokenizer.end_of_document_id if found is None else int(found)
                 for found in map(library.token_to_id, ("[CLS]", "[SEP]"))
             )
+        if self._library is not None and len(around := self._library.encode("").ids) == 2:
+            self._start, self._separator = around
 
     def __call__(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
         """Frame the texts of a row.

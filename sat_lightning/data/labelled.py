@@ -39,6 +39,8 @@ class Labels:
         if len(self.names) < 2 or len(set(self.names)) < len(self.names):
             raise DataError(f"data: samples.labels is {names}. Give at least two labels, each once.")
         self._numbers = {name: number for number, name in enumerate(self.names)}
+        # Where names are numbers, as of stars 1 to 5, a number is a name and never a place.
+        self._takes_places = not any(name.isdecimal() for name in self.names)
 
     def of(self, row: Mapping[str, Any]) -> int:
         """Return the number of a row's label.
@@ -63,7 +65,7 @@ class Labels:
         text = str(label).strip()
         if text in self._numbers:
             return self._numbers[text]
-        if text.isdecimal() and int(text) < len(self.names):
+        if self._takes_places and text.isdecimal() and int(text) < len(self.names):
             return int(text)
         raise BadSampleError(
             f"label {label!r} in field '{self.field}' is none of the {len(self.names)} labels "
@@ -143,6 +145,10 @@ class LabelledChoices(LabelledText):
     def __init__(self, frame: Frame, fields: Sequence[str], labels: Labels, choices: Sequence[str]) -> None:
         super().__init__(frame, fields, labels)
         self.choices = list(choices)
+
+    def fingerprint(self) -> str:
+        """What identifies the lengths of the samples made."""
+        return f"{super().fingerprint()} {self.choices}"
 
     def __call__(self, row: Mapping[str, Any]) -> Sample:
         """Make a sample of a row.

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from math import prod
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -81,12 +82,31 @@ def count_lengths(rows: Any, name: str, key: str | None, cache_dir: CacheDir) ->
     return np.memmap(file, dtype=np.int32, mode="r").view(np.ndarray)
 
 
+def num_tokens_of(sample: Any, name: str) -> int:  # noqa: ANN401
+    """Count the `input_ids` of a sample; of several choices those of all, with their padding.
+
+    Args:
+        sample: with `input_ids`.
+        name: of its source, for messages.
+
+    Raises:
+        DataError: it has none.
+    """
+    if "input_ids" not in sample:
+        raise DataError(
+            f"data: bucket_size, max_tokens and shares by tokens count input_ids, and samples of {name} hold "
+            f"{', '.join(sample)}. Do without them."
+        )
+    ids = sample["input_ids"]
+    return prod(ids.shape) if hasattr(ids, "shape") else len(ids)
+
+
 def _count(rows: Any, name: str, keep: Callable[[int, NDArray[np.int32]], Any]) -> None:  # noqa: ANN401
     gather = getattr(rows, "__getitems__", None)
     with tqdm(total=len(rows), desc=f"measuring {name}", unit="row", unit_scale=True, disable=None) as progress:
         for start in range(0, len(rows), _NUM_ROWS):
             numbers = list(range(start, min(start + _NUM_ROWS, len(rows))))
             samples = gather(numbers) if gather is not None else [rows[number] for number in numbers]
-            found = [0 if sample is None else len(sample["input_ids"]) for sample in samples]
+            found = [0 if sample is None else num_tokens_of(sample, name) for sample in samples]
             keep(start, np.array(found, dtype=np.int32))
             progress.update(len(numbers))

@@ -46,6 +46,8 @@ class SentencePieceFile:
 
     def __init__(self, path: str | os.PathLike[str], end_of_document_token: str | None = None) -> None:
         library, content = import_extra("sentencepiece", f"tokenizer '{path}'"), Path(path).read_bytes()
+        #: Where a chat template may lie beside it.
+        self.folder = Path(path).parent
         self._model = library.SentencePieceProcessor()
         try:
             is_loaded = self._model.LoadFromSerializedProto(content)

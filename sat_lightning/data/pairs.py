@@ -6,7 +6,6 @@ Legend: b batch, s length of what is read, t of what is written.
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sat_lightning.data.collate import PadCollate, Sample
@@ -39,7 +38,7 @@ class TokenizePair:
         Raises:
             BadSampleError: a field is missing or no text, or there are too few or too many tokens.
         """
-        return {"input_ids": _whole(self.source(row)), "target_ids": _whole(self.target(row))}
+        return {"input_ids": self.source.whole(row), "target_ids": self.target.whole(row)}
 
     def fingerprint(self) -> str:
         """What identifies the lengths of the samples made."""
@@ -77,8 +76,3 @@ class PairCollate:
         mask = read["target_ids"] != IGNORED_TARGET
         mask[:, 0] = True
         return {"input_ids": read["input_ids"], "attention_mask": mask, "target_ids": written["target_ids"]}
-
-
-def _whole(sample: dict[str, Tensor]) -> Tensor:
-    """Undo the shift: the first token, and every target."""
-    return torch.cat([sample["input_ids"][:1], sample["target_ids"]])

@@ -12,25 +12,33 @@ from sat_lightning.data.framing import Frame
 from sat_lightning.data.labelled import LabelledChoices, LabelledImage, LabelledText, LabelledWords, Labels
 from sat_lightning.data.lengths import token_lengths
 from sat_lightning.data.mixed import Rows
+from sat_lightning.data.pairs import TokenizePair
 from sat_lightning.data.records import identify_rows, open_records
 from sat_lightning.data.samples import resolve_process
 from sat_lightning.data.sources import SourceOptions
+from sat_lightning.data.templated import TokenizeChat, TokenizeForm
+from sat_lightning.data.templates import Form, is_chat, read_template
 from sat_lightning.data.tokenizer import Tokenizer
-from sat_lightning.data.transforms import ProcessedRecords, Tokenize
+from sat_lightning.data.transforms import ProcessedRecords, Tokenize, TooLong
 from sat_lightning.errors import DataError
 
-Process = Tokenize | LabelledText | LabelledImage
+Process = Tokenize | TokenizePair | LabelledText | LabelledImage
+
+_DEFAULT_FIELDS = ["text"]
 
 
 @dataclass(frozen=True)
 class SampleOptions:
     """How a row of a file becomes a sample: its fields tokenized, one after the other, then padded or packed."""
 
-    fields: list[str] = field(default_factory=lambda: ["text"])
+    fields: list[str] = field(default_factory=lambda: [*_DEFAULT_FIELDS])
     """Fields of text of a row, in order. What own data or a `process_fn` gives is tokenized, too, unless it has
     `input_ids` already."""
     learned: list[str] | None = None
     """Those whose tokens are targets, for instance the answer but not the prompt; default all."""
+    template: str | None = None
+    r"""A form for fields, as `Question: {prompt}\nAnswer: {answer}`; or a chat template for messages, of which the
+    assistant's are learned: `chat`, that of the tokenizer's folder, or FILE.jinja. `sat-lightning chat` asks alike."""
     add_end: bool = True
     """Close each sample with the end-of-document id."""
     read: list[str] | None = None
@@ -67,6 +75,19 @@ class SampleOptions:
             raise DataError(
                 "data: samples.read makes pairs, which are not packed and learned as a whole. Remove read, or pack and "
                 "learned."
+            )
+        if self.template is not None:
+            self._check_template(self.template)
+
+    def _check_template(self, template: str) -> None:
+        if self.label is not None or self.read is not None:
+            raise DataError("data: samples.template is for one text that is learned. Remove it, or label and read.")
+        if not is_chat(template):
+            Form(template, self.learned)
+        elif self.learned not in (None, ["assistant"]) or len(self.fields) != 1:
+            raise DataError(
+                f"data: samples.template {template} takes one field, of messages, and of these the assistant's are "
+                f"learned; fields is {self.fields} and learned {self.learned}. Leave learned out."
             )
 
 
@@ -132,14 +153,20 @@ class SampleReading:
     def _tokenize(self, options: SampleOptions) -> Process:
         if options.label is not None:
             return self._labelled(options, Labels(options.label, options.labels))
-        return Tokenize(
-            self.tokenizer,
-            options.fields,
-            options.learned,
-            None if options.too_long == "split" else self.sequence_length,
-            "truncate" if options.too_long == "truncate" else "raise",
-            options.add_end,
-        )
+        length = None if options.too_long == "split" else self.sequence_length
+        too_long: TooLong = "truncate" if options.too_long == "truncate" else "raise"
+        rest = (length, too_long, options.add_end)
+        if options.template is not None:
+            form = read_template(options.template, self.tokenizer, options.learned)
+            if isinstance(form, Form):
+                return TokenizeForm(self.tokenizer, form, *rest)
+            field = "messages" if options.fields == _DEFAULT_FIELDS else options.fields[0]
+            return TokenizeChat(self.tokenizer, form, field, *rest)
+        written = Tokenize(self.tokenizer, options.fields, options.learned, *rest)
+        if options.read is None:
+            return written
+        # What is read is not closed: `sat-lightning generate` does not close it either.
+        return TokenizePair(Tokenize(self.tokenizer, options.read, None, length, too_long, False), written)
 
     def _labelled(self, options: SampleOptions, labels: Labels) -> Process:
         if options.image is not None:

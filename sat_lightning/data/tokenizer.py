@@ -109,6 +109,8 @@ class TokenizersFile:
                 f"tokenizer '{path}' is neither 'bytes' nor a tokenizers JSON file.{nearest(path, ['bytes'])} "
                 f"As a file: {describe_nearest(file)} Give 'bytes' or the path of a tokenizer.json."
             )
+        #: Where a chat template may lie beside it.
+        self.folder = file.parent
         content = file.read_bytes() if content is None else content
         self._tokenizer = _load_library_tokenizer(path, content)
         # The largest id, not the number of entries: a vocabulary may have holes.

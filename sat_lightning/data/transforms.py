@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sat_lightning.data.lengths import count_lengths
+from sat_lightning.data.lengths import count_lengths, num_tokens_of
 from sat_lightning.data.packing import IGNORED_TARGET
 from sat_lightning.data.records import Records, describe_row, identify_rows, open_records
 from sat_lightning.data.remote import CacheDir
@@ -80,39 +80,80 @@ class Tokenize:
         Raises:
             BadSampleError: a field is missing or no text, or there are too few or too many tokens.
         """
-        pieces = self.tokenizer.encode_batch([self._text(row, field) for field in self.fields])
-        is_target = [np.full(len(ids), field in self.learned) for field, ids in zip(self.fields, pieces, strict=True)]
-        if self.add_end:
-            pieces.append(np.array([self.tokenizer.end_of_document_id], dtype=np.int64))
-            is_target.append(np.array([self.fields[-1] in self.learned]))
-        tokens, learned = np.concatenate(pieces), np.concatenate(is_target)
-        num_inputs = len(tokens) - 1
+        tokens, learned = self.join(row)
+        num_inputs = self._fit(len(tokens) - 1)
         if num_inputs < 1:
             raise BadSampleError(f"{len(tokens)} token(s), and a target needs one before it. Remove the empty row.")
-        if self.max_length is not None and num_inputs > self.max_length:
-            if self.too_long == "raise":
-                raise BadSampleError(
-                    f"{num_inputs} tokens are more than max_length={self.max_length}. Set too_long: truncate, give the "
-                    "model a longer max_sequence_length, or shorten the row."
-                )
-            tokens, learned = tokens[: self.max_length + 1], learned[: self.max_length + 1]
-        targets = np.where(learned[1:], tokens[1:], IGNORED_TARGET)
-        return {"input_ids": torch.from_numpy(tokens[:-1]), "target_ids": torch.from_numpy(targets)}
+        targets = np.where(learned[1 : num_inputs + 1], tokens[1 : num_inputs + 1], IGNORED_TARGET)
+        return {"input_ids": torch.from_numpy(tokens[:num_inputs]), "target_ids": torch.from_numpy(targets)}
+
+    def whole(self, row: dict[str, Any]) -> Tensor:
+        """Tokenize a row into ids alone, int64 `[n]`.
+
+        Args:
+            row: with text in every field.
+
+        Raises:
+            BadSampleError: a field is missing or no text, or there are too few or too many tokens.
+        """
+        tokens, _ = self.join(row)
+        if len(tokens) == 0:
+            raise BadSampleError(f"no text in {', '.join(self.fields)}. Remove the empty row.")
+        return torch.from_numpy(tokens[: self._fit(len(tokens))])
+
+    def join(self, row: dict[str, Any]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Return all ids of a row, whatever their number, and of each whether it is learned."""
+        pieces = self.tokenizer.encode_batch([self._text(row, field) for field in self.fields])
+        return self.close(pieces, [field in self.learned for field in self.fields])
+
+    def close(
+        self, pieces: Sequence[NDArray[np.int64]], is_learned: Sequence[bool]
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Put pieces behind each other, and the end of the document, which is learned as the last piece is.
+
+        Args:
+            pieces: ids.
+            is_learned: of each piece.
+
+        Returns:
+            Ids, and of each whether it is learned.
+        """
+        tokens = np.concatenate([*pieces, np.empty(0, dtype=np.int64)])
+        learned = np.repeat(np.array(is_learned, dtype=bool), [len(ids) for ids in pieces])
+        end = self.tokenizer.end_of_document_id
+        if not self.add_end:
+            return tokens, learned
+        return np.append(tokens, end), np.append(learned, is_learned[-1])
 
     def fingerprint(self) -> str:
         """What identifies the lengths of the samples made."""
         return repr((self.tokenizer.fingerprint, self.fields, self.max_length, self.too_long, self.add_end))
 
+    def _fit(self, num_tokens: int) -> int:
+        """Return how many of so many tokens are kept."""
+        if self.max_length is None or num_tokens <= self.max_length:
+            return num_tokens
+        if self.too_long == "raise":
+            raise BadSampleError(
+                f"{num_tokens} tokens are more than max_length={self.max_length}. Set too_long: truncate, give the "
+                "model a longer max_sequence_length, or shorten the row."
+            )
+        return self.max_length
+
     def _text(self, row: dict[str, Any], field: str) -> str | bytes:
+        text = self._take(row, field)
+        if not isinstance(text, (str, bytes)):
+            raise BadSampleError(
+                f"field '{field}' holds {type(text).__name__}, not text. Name another in fields, or make text of it "
+                "in a process_fn."
+            )
+        return text
+
+    def _take(self, row: dict[str, Any], field: str) -> Any:  # noqa: ANN401 - whatever a file holds
         if field not in row:
             raise BadSampleError(
                 f"no field '{field}'; fields there: {', '.join(sorted(row)) or 'none'}.{nearest(field, row)} Name "
                 "another in fields."
-            )
-        if not isinstance(row[field], (str, bytes)):
-            raise BadSampleError(
-                f"field '{field}' holds {type(row[field]).__name__}, not text. Name another in fields, or make text of "
-                "it in a process_fn."
             )
         return row[field]
 
@@ -170,7 +211,7 @@ class ProcessedRecords(Dataset[Any]):
         if self._lengths is not None:
             return int(self._lengths[index])
         sample = self[index]
-        return 0 if sample is None else len(sample["input_ids"])
+        return 0 if sample is None else num_tokens_of(sample, self.name)
 
     def token_lengths(self) -> NDArray[np.int32]:
         """Tokens of every sample, counted in one pass over all of them; of files, that pass is made only once."""

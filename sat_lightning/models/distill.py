@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sat_lightning import models
 from sat_lightning.config import TransformerConfig
@@ -62,19 +62,36 @@ class DistillModel(ComposedModel):
         self.teacher.eval()
         return self
 
-    def forward(self, teacher_kwargs: dict[str, Any], student_kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def forward(self, teacher_kwargs: dict[str, Any], student_kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """Call the teacher without gradients, and the student.
 
         Args:
             teacher_kwargs: keywords of the teacher's call.
-            student_kwargs: keywords of the student's call.
+            student_kwargs: keywords of the student's call. With `output_hidden_states` in both, more is returned.
 
         Returns:
-            The first result of each, their logits.
+            The first result of each, their logits; and if asked for, of each a list of what its layers gave,
+            `[b, s, c]`, as what follows sees it: in post order behind the norm.
         """
         with torch.no_grad():
-            teacher_logits = self.teacher(**teacher_kwargs)[0]
-        return teacher_logits, self.student(**student_kwargs)[0]
+            teacher_logits, *teacher_layers = self.teacher(**teacher_kwargs)
+            if is_whole := bool(teacher_kwargs.get("output_hidden_states")):
+                teacher_layers = _layers_of(self.teacher, teacher_layers)
+        student_logits, *student_layers = self.student(**student_kwargs)
+        if not is_whole:
+            return teacher_logits, student_logits
+        return teacher_logits, student_logits, teacher_layers, _layers_of(self.student, student_layers)
+
+
+def _layers_of(model: AnyModel, outputs_per_layer: list[dict[str, Any]]) -> list[Tensor]:
+    """Return what each layer gives: in post order its norm stands in the next one, see `sat_lightning.nn.layer`."""
+    hidden_states = [outputs["hidden_states"] for outputs in outputs_per_layer]
+    transformer: Any = getattr(model, "transformer", None)
+    if transformer is None or model.config.layernorm_order != "post":
+        return hidden_states
+    norms = [layer.input_layernorm for layer in transformer.layers][1:]
+    norms.append(getattr(transformer, "final_layernorm", nn.Identity()))
+    return [norm(states) for norm, states in zip(norms, hidden_states, strict=True)]
 
 
 def _describe(model: AnyModel) -> dict[str, Any]:

@@ -4,14 +4,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sat_lightning.data import IGNORED_TARGET
 from sat_lightning.errors import ConfigError
-from sat_lightning.models.bert import EncoderModel
 from sat_lightning.training.confusion import ConfusionCounts, rate
 from sat_lightning.training.module import SATLightningModule
 from sat_lightning.training.steps import Step
+from sat_lightning.training.targets import hard_loss, hide_padding, mean_over_targets
 
 
 class ClassificationTask(SATLightningModule):
@@ -42,13 +41,12 @@ class ClassificationTask(SATLightningModule):
             The loss in nats, and `accuracy`.
         """
         scores, target_ids = self.score(batch), batch["target_ids"]
-        loss = F.cross_entropy(scores.flatten(0, -2).float(), target_ids.flatten(), ignore_index=IGNORED_TARGET)
+        counted = target_ids != IGNORED_TARGET
+        loss = mean_over_targets(hard_loss(scores, target_ids), counted)
         predicted = scores.detach().argmax(-1)
         if self.evaluated_loader is not None:
             self._count(self.evaluated_loader, scores.shape[-1], predicted, target_ids)
-        counted = target_ids != IGNORED_TARGET
-        accuracy = ((predicted == target_ids) & counted).sum() / counted.sum()
-        return loss, {"accuracy": accuracy}
+        return loss, {"accuracy": mean_over_targets((predicted == target_ids).sum(), counted)}
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Classify.
@@ -106,9 +104,7 @@ class ClassificationTask(SATLightningModule):
 
     def _run_model(self, inputs: dict[str, Tensor]) -> Tensor:
         model = self._built_model()
-        if isinstance(model, EncoderModel) and "token_mask" in inputs and "attention_mask" not in inputs:
-            inputs = inputs | {"attention_mask": inputs["token_mask"][:, None, None, :]}
-        return model(**inputs)[0]
+        return model(**hide_padding(model, inputs))[0]
 
     def _check(self, scores: Tensor) -> None:
         kind = type(self).__name__
@@ -142,6 +138,28 @@ class TokenClassificationTask(ClassificationTask):
 
     num_dimensions = 3
     cure = "Give MLPHeadMixin no pooling"
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Classify each word.
+
+        Args:
+            batch: see the class.
+            batch_idx: unused.
+            dataloader_idx: unused.
+
+        Returns:
+            As the other tasks do, of each row a list with what was found for its targets: for each word, its first
+            token's. What frames the words and what pads them is left out.
+        """
+        found = super().predict_step(batch, batch_idx, dataloader_idx)
+        is_target = (batch["target_ids"] != IGNORED_TARGET).tolist()
+        rows = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in found.items()}
+        return {
+            name: [
+                [one for one, counts in zip(*pair, strict=True) if counts] for pair in zip(row, is_target, strict=True)
+            ]
+            for name, row in rows.items()
+        }
 
 
 class MultipleChoiceTask(ClassificationTask):

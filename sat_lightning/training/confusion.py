@@ -56,7 +56,7 @@ def rate(confusion: Tensor) -> dict[str, Tensor]:
         `accuracy`, the share of right predictions, and `macro_f1`, the mean over the classes of the harmonic mean of
         precision and recall, classes left out that neither are nor were predicted; NaN where nothing was counted.
     """
-    counts = confusion.double()
+    counts = confusion.to(torch.float32 if confusion.device.type == "mps" else torch.float64)  # Apple's have none
     right, predicted, true = counts.diagonal(), counts.sum(0), counts.sum(1)
     is_there = predicted + true > 0
     f1 = torch.where(is_there, 2 * right / (predicted + true).clamp(min=1), 0.0)

@@ -39,6 +39,7 @@ def save_consolidated(
     module: Any,  # noqa: ANN401
     folder: str | os.PathLike[str],
     strategy: Strategy | None = None,
+    part: str | None = None,
 ) -> None:
     """Write the whole weights of a run as `AutoModel.from_pretrained` reads them; every rank has to call this.
 
@@ -50,26 +51,34 @@ def save_consolidated(
         module: a LightningModule in a run, or its Trainer.
         folder: made where it is missing.
         strategy: of the run. Default: that of the module's trainer.
+        part: of a model made of models, the one that is written. Default: all of it.
     """
     # Late, since a strategy writes with this and the callback knows the strategy.
     from sat_lightning.training.callbacks.ema import EMA
 
     module = getattr(module, "lightning_module", module)
-    _write_whole(module, folder, strategy)
+    _write_whole(module, folder, strategy, part)
     trainer: Any = getattr(module, "_trainer", None)
     for callback in trainer.callbacks if trainer is not None else ():
         if isinstance(callback, EMA) and callback.has_average:
             with callback.averaged(trainer):
-                _write_whole(module, Path(folder) / "ema", strategy)
+                _write_whole(module, Path(folder) / "ema", strategy, part)
 
 
-def _write_whole(module: Any, folder: str | os.PathLike[str], strategy: Strategy | None) -> None:  # noqa: ANN401
+def _write_whole(
+    module: Any,  # noqa: ANN401
+    folder: str | os.PathLike[str],
+    strategy: Strategy | None,
+    part: str | None,
+) -> None:
     tensors = consolidated_state_dict(module, strategy)
     if not tensors:
         return
-    model = getattr(module, "model", None)
+    model, prefix = getattr(module, "model", None), "model."
+    if part is not None:
+        model, prefix = getattr(model, part), f"model.{part}."
     if isinstance(model, AnyModel):
-        own = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
+        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         with _holding(model, own):
             save_pretrained(model, folder)
         return

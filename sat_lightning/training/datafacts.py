@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 
 from sat_lightning.data import Labels, Tokenizer, WeightedPath
 from sat_lightning.data.corpus import mean_bytes_per_token
@@ -57,7 +58,7 @@ class DataFacts:
         counts = mixture.counts(mixture.epoch_size or 1000)
         return round(sum(count * mean_tokens(rows) for count, rows in zip(counts, sources, strict=True)))
 
-    @property
+    @cached_property
     def label_names(self) -> list[str] | None:
         """The labels in the order of their numbers; None where rows have none."""
         samples = self.options.samples

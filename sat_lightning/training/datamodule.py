@@ -14,6 +14,7 @@ from sat_lightning.data import (
     DocumentCollate,
     LabelCollate,
     PadCollate,
+    PairCollate,
     ShardedOrder,
     SourceOptions,
     Tokenizer,
@@ -23,7 +24,7 @@ from sat_lightning.data import (
 from sat_lightning.data.batches import ShardedBatches
 from sat_lightning.data.buckets import BucketedBatches, Buckets, BudgetBatches
 from sat_lightning.data.corpus import Reading, mix
-from sat_lightning.data.entries import list_sources, named_paths
+from sat_lightning.data.entries import held_out_sources, list_sources
 from sat_lightning.data.mixed import MixedRows, OrderedRows, Rows
 from sat_lightning.data.mixture import Mixture
 from sat_lightning.data.rowsamples import is_of_samples
@@ -59,8 +60,8 @@ class SATDataModule(DataFacts, L.LightningDataModule):
         sequence_length: tokens per row.
         batch_size: rows per rank and step.
         tokenizer: `bytes`, or the path of a `tokenizers` JSON file; token files (.bin, .npy) need none.
-        validation: fraction held out of each source, which in a mixture gives one set for each, or a path of its own,
-            or several by name; 0 for none.
+        validation: fraction held out of each source, which in a mixture gives one set for each; or a path of its own,
+            read as that of training is, or with fields of a `WeightedPath`; or several of these by name; 0 for none.
         test: the same for the test set; none by default.
         num_workers: processes per loader; 0 loads in the training process, which is fast enough for memory-mapped rows.
         options: seeds, cache folder, how files are read, and how they are mixed.
@@ -75,8 +76,8 @@ class SATDataModule(DataFacts, L.LightningDataModule):
         sequence_length: int = 256,
         batch_size: int = 8,
         tokenizer: str = "bytes",
-        validation: float | str | dict[str, str] = 0.05,
-        test: float | str | dict[str, str] | None = None,
+        validation: float | str | dict[str, Any] = 0.05,
+        test: float | str | dict[str, Any] | None = None,
         num_workers: int = 0,
         options: DataOptions = _DEFAULT_OPTIONS,
     ) -> None:
@@ -94,9 +95,9 @@ class SATDataModule(DataFacts, L.LightningDataModule):
     def prepare_data(self) -> None:
         """Tokenize what is not in the cache yet; Lightning calls it in one process per node."""
         reading, options = self._reading(), self.options
-        held_out = [path for value in (self.validation, self.test) for path in named_paths(value).values()]
-        for path in held_out:
-            reading.prepare(WeightedPath(path))
+        held_out = [one for value in (self.validation, self.test) for one in self._held_out(value).values()]
+        for source in held_out:
+            reading.prepare(source)
         by_tokens = all(source.tokens is not None for source in self.sources)
         for source in self.sources:
             reading.prepare(source, by_tokens or options.bucket_size > 1 or options.max_tokens is not None)
@@ -119,8 +120,11 @@ class SATDataModule(DataFacts, L.LightningDataModule):
             fractions = parse_split(self.options.split)
         else:
             fractions = {name: v if isinstance(v, (int, float)) else 0.0 for name, v in held_out.items()}
-        own = {name: named_paths(value) for name, value in held_out.items()}
+        own = {name: self._held_out(value) for name, value in held_out.items()}
         self._splits = self._reading().open_all(self.sources, own, fractions, self.options.split_seed)
+
+    def _held_out(self, value: Any) -> dict[str, WeightedPath]:  # noqa: ANN401 - as it was given
+        return held_out_sources(value, self.sources)
 
     def _reading(self) -> Reading:
         # Seeds and the like are no part of how files are read, nor of the fingerprint that prepared tokens go by.
@@ -247,7 +251,12 @@ class SATDataModule(DataFacts, L.LightningDataModule):
             return self.options.collate
         if samples is not None and samples.label is not None:
             return LabelCollate()
-        return DocumentCollate() if samples is not None and samples.pack else PadCollate()
+        if samples is not None and samples.read is not None:
+            return PairCollate()
+        if samples is not None and samples.pack:
+            return DocumentCollate()
+        task = getattr(self.trainer, "lightning_module", None)
+        return PadCollate(token_mask=getattr(task, "needs_token_mask", False))
 
     def _settings(self) -> dict[str, Any]:
         is_on_cuda = self.trainer.strategy.root_device.type == "cuda" if self.trainer else torch.cuda.is_available()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sat_lightning.data import IGNORED_TARGET
+from sat_lightning.data.words import WordEdges
 from sat_lightning.errors import ConfigError
 
 _SHOWN_AS_MASK, _SHOWN_AS_OTHER = 0.8, 0.1
@@ -26,25 +27,34 @@ class WordMasking:
         mask_token_id: of the mask.
         mask_prob: share of the tokens that are chosen, above 0, at most 1.
         special_token_ids: never chosen, such as those around a sentence.
+        edges: of words, which are then chosen whole; each of their tokens is shown in its own way. Default: tokens are
+            chosen one by one.
 
     Raises:
         ConfigError: a number is outside its range.
     """
 
-    def __init__(self, mask_token_id: int, mask_prob: float = 0.15, special_token_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        mask_token_id: int,
+        mask_prob: float = 0.15,
+        special_token_ids: Sequence[int] = (),
+        edges: WordEdges | None = None,
+    ) -> None:
         if not 0 < mask_prob <= 1:
             raise ConfigError(f"mask_prob is {mask_prob}. Set it to a share of the tokens, above 0 and at most 1.")
         if mask_token_id < 0:
             raise ConfigError(f"mask_token_id is {mask_token_id}. Set it to the id of the tokenizer's mask.")
         self.mask_token_id, self.mask_prob = mask_token_id, mask_prob
         self.special_token_ids = (mask_token_id, *special_token_ids)
+        self.edges = edges
 
     def hide(self, batch: dict[str, Tensor], vocab_size: int, is_fixed: bool = False) -> dict[str, Tensor]:
         """Hide words of a batch.
 
         Args:
             batch: `input_ids` `[b, s]`. Where `target_ids` are -100, nothing is chosen: that is padding. `word_ids`
-                `[b, s]`, the number of each token's word, let whole words be chosen together.
+                `[b, s]`, the number of each token's word, from 0 and below s, go before `edges`.
             vocab_size: words that may be shown instead.
             is_fixed: whether a text decides what is hidden of it: the same in every batch, and on every rank. Default:
                 the random numbers of the device do.
@@ -67,6 +77,8 @@ class WordMasking:
         else:
             draw = torch.rand(2, *input_ids.shape, device=input_ids.device)
             others = torch.randint(vocab_size, input_ids.shape, device=input_ids.device)
+        if word_ids is None and self.edges is not None:
+            word_ids = self.edges.number(input_ids)
         chance = draw[0] if word_ids is None else draw[0].gather(1, word_ids)
         is_chosen = (chance < self.mask_prob) & is_text
         for token_id in self.special_token_ids:

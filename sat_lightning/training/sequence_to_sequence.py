@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sat_lightning.checkpoint.split import is_split
 from sat_lightning.data import IGNORED_TARGET
@@ -18,6 +17,7 @@ from sat_lightning.model import EncoderDecoderModel
 from sat_lightning.training.finite import read_highest, sum_over_ranks
 from sat_lightning.training.module import SATLightningModule
 from sat_lightning.training.steps import Step
+from sat_lightning.training.targets import hard_loss, mean_over_targets
 
 Batch = dict[str, Tensor]
 
@@ -83,7 +83,7 @@ class SequenceToSequenceTask(SATLightningModule):
             "enc_attention_mask": batch.get("attention_mask"),
         }
         logits = self._built_model()(**inputs)[1]
-        return F.cross_entropy(logits.flatten(0, 1).float(), target_ids.flatten(), ignore_index=IGNORED_TARGET)
+        return mean_over_targets(hard_loss(logits, target_ids), target_ids != IGNORED_TARGET)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to the means of the epoch, and write answers to the first ones."""

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sat_lightning.data import IGNORED_TARGET
 from sat_lightning.generation.perplexity import token_losses
 from sat_lightning.training.module import SATLightningModule
 from sat_lightning.training.steps import Step
+from sat_lightning.training.targets import hard_loss, mean_over_targets
 
 _SPLITS = {"val": "validation", "test": "test"}
 
@@ -24,7 +24,7 @@ class LanguageModelingTask(SATLightningModule):
     """
 
     def forward_step(self, batch: dict[str, Tensor]) -> Step:
-        """Return the mean cross entropy over the targets.
+        """Return the mean cross entropy over the targets, 0 without any.
 
         Args:
             batch: see the class.
@@ -37,7 +37,7 @@ class LanguageModelingTask(SATLightningModule):
         if model.hooks.computes_loss:
             return model(**inputs, target_ids=target_ids)[0]
         logits = model(**inputs)[0]
-        return F.cross_entropy(logits.flatten(0, 1).float(), target_ids.flatten(), ignore_index=IGNORED_TARGET)
+        return mean_over_targets(hard_loss(logits, target_ids), target_ids != IGNORED_TARGET)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Score each row.

@@ -7,6 +7,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
 from sat_lightning.checkpoint.native import refuse_quantized
+from sat_lightning.errors import ConfigError, nearest
 from sat_lightning.model.registry import AnyModel
 from sat_lightning.training.consolidation import save_consolidated
 from sat_lightning.training.runs import is_trial, run_folder
@@ -21,20 +22,29 @@ class ExportModel(L.Callback):
 
     Args:
         folder_name: of the folder.
+        part: of a model made of models, the one that is written: `student`. Default: all of it.
     """
 
-    def __init__(self, folder_name: str = "model") -> None:
+    def __init__(self, folder_name: str = "model", part: str | None = None) -> None:
         super().__init__()
-        self.folder_name = folder_name
+        self.folder_name, self.part = folder_name, part
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look, before a run of hours, whether a folder can hold the model.
 
         Raises:
             CheckpointError: linears are in 4 bits.
+            ConfigError: the model has no such part.
         """
-        if isinstance(model := getattr(pl_module, "model", None), AnyModel):
-            refuse_quantized(model)
+        model: Any = getattr(pl_module, "model", None)
+        known = getattr(model, "parts", {})
+        if self.part is not None and self.part not in known:
+            raise ConfigError(
+                f"ExportModel: a {type(model).__name__} has no part '{self.part}', only {', '.join(known) or 'itself'}."
+                f"{nearest(self.part, known)}"
+            )
+        if isinstance(model, AnyModel):
+            refuse_quantized(model if self.part is None else known[self.part])
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write what the checkpoint holds; every rank has to call this."""
@@ -47,5 +57,5 @@ class ExportModel(L.Callback):
 
     def _export(self, trainer: L.Trainer) -> Path:
         folder = run_folder(trainer) / self.folder_name
-        save_consolidated(trainer, folder)
+        save_consolidated(trainer, folder, part=self.part)
         return folder

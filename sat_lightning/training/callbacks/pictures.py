@@ -16,6 +16,8 @@ from sat_lightning.model import BaseModel
 from sat_lightning.training.runs import is_trial, run_folder, write_whole
 
 _MIXIN = "attention_maps_of_callback"
+#: Inches of a confusion matrix, and how many classes are named on its axes, and counted in its cells.
+_LARGEST, _MOST_NAMED, _MOST_COUNTED = 24.0, 60, 30
 
 
 class _Picture(L.Callback):
@@ -109,15 +111,16 @@ class ConfusionPlotter(_Picture):
             return False
         counts = counts.cpu()
         names = pl_module.label_names or [str(number) for number in range(len(counts))]
-        size = max(3.0, 0.5 * len(names) + 1.5)
+        size = min(max(3.0, 0.5 * len(names) + 1.5), _LARGEST)
         figure.set_size_inches(size + 0.8, size)
         axes = figure.subplots()
         shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
         figure.colorbar(axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1), label="share of the true class")
-        axes.set(xlabel="predicted", ylabel="true", xticks=range(len(names)), yticks=range(len(names)))
-        axes.set_xticklabels(names, rotation=90)
-        axes.set_yticklabels(names)
-        for row, line in enumerate(counts.tolist() if len(names) <= 30 else []):
+        axes.set(xlabel="predicted", ylabel="true")
+        if len(names) <= _MOST_NAMED:
+            axes.set_xticks(range(len(names)), names, rotation=90)
+            axes.set_yticks(range(len(names)), names)
+        for row, line in enumerate(counts.tolist() if len(names) <= _MOST_COUNTED else []):
             for column, count in enumerate(line):
                 color = "white" if shares[row, column] > 0.5 else "black"
                 axes.text(column, row, str(count), ha="center", va="center", color=color, fontsize="x-small")
@@ -154,7 +157,7 @@ class ImageGrid(_Picture):
         if self._shown is None:
             return False
         images, labels, target_ids = self._shown
-        names = pl_module.label_names or [str(number) for number in range(10**4)]
+        name_of = str if pl_module.label_names is None else pl_module.label_names.__getitem__
         side = max(1, int((len(images) - 1) ** 0.5) + 1) if len(images) > 1 else 1
         figure.set_size_inches(1.3 * side, 1.5 * side)
         panels = figure.subplots(side, side, squeeze=False).flatten()
@@ -163,7 +166,7 @@ class ImageGrid(_Picture):
         for axes, image, label, target in zip(panels, images, labels.int().tolist(), target_ids.int().tolist()):  # noqa: B905
             axes.imshow(_to_picture(image), cmap="gray")
             is_wrong = target >= 0 and label != target
-            title = f"{names[label]} ({names[target]})" if is_wrong else names[label]
+            title = f"{name_of(label)} ({name_of(target)})" if is_wrong else name_of(label)
             axes.set_title(title, fontsize="small", color="red" if is_wrong else "black")
         return True
 
@@ -207,9 +210,11 @@ class AttentionPlotter(_Picture):
         finally:
             model.del_mixin(_MIXIN)
             handle.remove()
+        if not maps:
+            return None  # what attends by no attention_fn has no maps
         places = torch.linspace(0, len(maps) - 1, min(len(maps), self.num_layers)).round().int().tolist()
         mask = batch.get("token_mask")
-        length = maps[0].shape[-1] if mask is None or mask.dim() != 2 else int(mask[0].sum())
+        length = maps[0].shape[-1] if mask is None or mask.dim() != 2 else max(1, int(mask[0].sum()))
         return [(place, maps[place][: self.num_heads, :length, :length].float().cpu()) for place in places]
 
     def draw(self, figure: Any, pl_module: Any, stage: str) -> bool:  # noqa: ANN401

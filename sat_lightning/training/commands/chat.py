@@ -10,12 +10,13 @@ import argparse
 import sys
 from typing import Any
 
+from sat_lightning.data.templates import Message
 from sat_lightning.errors import ConfigError, DataError, InputError, UsageError
 from sat_lightning.generation import GenerationOptions, stream
 from sat_lightning.model import EncoderDecoderModel
 from sat_lightning.training.commands.generate import say
 from sat_lightning.training.commands.source import Source, load_source
-from sat_lightning.training.commands.template import Message, Template, find_template
+from sat_lightning.training.commands.template import Template, use_template
 from sat_lightning.training.commands.words import make_generation_options, make_parser, make_strategy
 
 PROMPT = "> "
@@ -41,7 +42,7 @@ def run_chat(verb: str, words: list[str]) -> None:
     source = load_source(options.ckpt, tokenizer=options.tokenizer, dtype=options.dtype, device=options.device)
     if isinstance(source.model, EncoderDecoderModel):
         raise ConfigError(f"A {type(source.model).__name__} reads one text and writes another. Use generate.")
-    talk = Talk(source, find_template(source, options.template), options)
+    talk = Talk(source, use_template(source, options.template), options)
     sys.stderr.write("/reset begins a new talk, /exit ends.\n")
     while (line := _ask()) is not None:
         if line in ("/exit", "/quit"):

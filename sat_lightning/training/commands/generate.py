@@ -5,7 +5,8 @@ length; a run that was killed goes on where it stopped when the same command is 
 twice. Lines stand in the order in which they were finished until all are there, then in that of the input. Each holds
 all that the input's line did, and: index (the input's line, from 0 on), generated (text), finish ("end", "stop" or
 "length"), num_tokens, and for beams score and alternatives. With --draft a smaller model proposes tokens: texts of the
-same distribution (with --temperature 0 the same texts) in fewer steps of the large one.
+same distribution (with --temperature 0 the same texts) in fewer steps of the large one. With --chat each prompt is a
+message, put into the form that the run was trained with, or into the model's chat template.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from sat_lightning.generation.runner import longest_of, writer_of
 from sat_lightning.model import EncoderDecoderModel
 from sat_lightning.training.commands.records import Output, Record, only_writer, read_records
 from sat_lightning.training.commands.source import Source, describe_path, find_weights, load_model, load_source
+from sat_lightning.training.commands.template import use_template
 from sat_lightning.training.commands.words import (
     Parser,
     make_generation_options,
@@ -82,6 +84,7 @@ def _make_parser(verb: str) -> Parser:
     add("--output", metavar="FILE", help="where lines are added; not finished, it is gone on with")
     add("--overwrite", action="store_true", help="begin the output anew")
     add("--begin-token", action="append", metavar="TOKEN", help="id or text of a token before every prompt; may be given again; default: what a model folder's tokenizer puts there")  # fmt: skip # noqa: E501
+    add("--chat", action="store_true", default=None, help="each prompt is a message: in the form of training, or the model's chat template")  # fmt: skip # noqa: E501
     add("--draft", metavar="PATH", help="a smaller model of the same tokenizer, which proposes tokens: fewer steps of the large one; texts are shown whole")  # fmt: skip # noqa: E501
     add("--num-drafts", type=int, metavar="N", help="tokens the draft proposes at once; default: 4")
     add("--batch-size", type=int, default=8, metavar="N", help="prompts at once; default: 8")
@@ -167,7 +170,9 @@ def _read_ids(record: Record, source: Source, settings: GenerationOptions, trunc
     prompt = record.prompt
     is_pair = isinstance(source.model, EncoderDecoderModel)
     begin: list[int] = []
-    if isinstance(prompt, str):
+    if source.template is not None and isinstance(prompt, str):
+        ids = source.template.encode([{"role": "user", "content": prompt}])
+    elif isinstance(prompt, str):
         begin = source.begin_tokens
         ids = [int(token) for token in source.tokenizer.encode(prompt)] + (source.close_tokens if is_pair else [])
     else:
@@ -214,6 +219,8 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
 
 def _load(options: argparse.Namespace) -> Source:
     source = load_source(options.ckpt, tokenizer=options.tokenizer, dtype=options.dtype, device=options.device)
+    if options.chat:
+        use_template(source)
     if options.begin_token is not None:
         source.begin_tokens = [read_token(word, f"--begin-token {word!r}", source) for word in options.begin_token]
     return source

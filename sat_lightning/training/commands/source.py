@@ -43,6 +43,10 @@ class Source:
     """Ids before a text of the user's, by the tokenizer's own file: LLaMA's `<s>`. A run of ours is trained without."""
     close_tokens: list[int] = field(default_factory=list)
     """Ids behind a text that an encoder reads whole: T5's `</s>`."""
+    samples: dict[str, Any] = field(default_factory=dict)
+    """How a run made samples of rows, a `template` among it."""
+    template: Any = None
+    """In what form a message is put, if prompts are messages; see `commands.template`."""
 
 
 def load_source(
@@ -74,7 +78,9 @@ def load_source(
     else:
         model = AutoModel.from_pretrained(weights, overrides=overrides or {})
     before, behind = ([], []) if run is not None and tokenizer is None else find_wrapping(found)
-    return Source(model.to(place, DTYPES[dtype]).eval(), found, weights, _find_ends(found, weights), before, behind)
+    samples = {} if run is None else _at(_read_config(run), "data", "init_args", "options", "samples") or {}
+    ends = _find_ends(found, weights)
+    return Source(model.to(place, DTYPES[dtype]).eval(), found, weights, ends, before, behind, samples)
 
 
 def load_model(path: str, *, base: str | None = None, overrides: Any = None) -> Any:  # noqa: ANN401

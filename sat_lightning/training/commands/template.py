@@ -1,18 +1,25 @@
-"""From the rounds of a talk to the ids that a model expects: by its folder's chat template, or ChatGLM's rounds."""
+"""From a talk to the ids that a model expects: by the form of training, a chat template, or ChatGLM's rounds."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from sat_lightning.data.templates import (
+    TEMPLATE_NAME,
+    TOKENIZER_CONFIG_NAME,
+    Encode,
+    Form,
+    JinjaTemplate,
+    Message,
+    find_chat_template,
+    make_chat_template,
+    read_template,
+    read_text,
+)
 from sat_lightning.errors import ConfigError, DataError
 from sat_lightning.training.commands.source import Source
-
-Message = Mapping[str, str]
-Encode = Callable[[str], Any]  # ids, in whatever holds integers
-TEMPLATE_NAME, TOKENIZER_CONFIG_NAME = "chat_template.jinja", "tokenizer_config.json"
 
 
 class Template(Protocol):
@@ -26,45 +33,36 @@ class Template(Protocol):
         """
 
 
-class JinjaTemplate:
-    """A chat template as Hugging Face's folders carry it, run in a sandbox: it is a program from a file.
+class SingleForm:
+    """A form with fields, in which each message is asked alone: it has no rounds.
 
     Args:
-        text: of the template.
-        encode: turns text into ids, special tokens that it spells included.
-        names: what the template may read beside the messages, such as `bos_token`.
+        form: that a run was trained with.
+        encode: turns text into ids.
 
     Raises:
-        DataError: it is no template.
+        DataError: it has not one field before the answer.
     """
 
-    def __init__(self, text: str, encode: Encode, names: Mapping[str, Any] | None = None) -> None:
-        import jinja2  # torch brings it along
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        extensions = [loopcontrols, _answer_mark()]
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-        environment.filters["tojson"] = _to_json
-        environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
-        self._encode, self._names, self._error = encode, dict(names or {}), jinja2.TemplateError
-        try:
-            self._template = environment.from_string(text)
-        except jinja2.TemplateError as error:
-            raise DataError(f"the chat template is none: {error}.") from error
+    def __init__(self, form: Form, encode: Encode) -> None:
+        if len(form.asked) != 1:
+            raise DataError(
+                f"The run was trained with a form that has {len(form.asked)} fields before the answer "
+                f"({', '.join(form.asked)}), and a message fills one. Write the whole text: generate --prompt."
+            )
+        self._form, self._encode = form, encode
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
-        """Render the messages, and turn the text into ids.
+        """Put the last message into the form.
 
         Raises:
-            DataError: the template refuses them.
+            DataError: there is a system message, which a form has no place for.
         """
-        values = {"tools": None, "documents": None, **self._names}
-        try:
-            text = self._template.render(messages=list(messages), add_generation_prompt=True, **values)
-        except self._error as error:
-            raise DataError(f"the chat template refuses this talk: {error}.") from error
-        return [int(token) for token in self._encode(text)]
+        if any(message["role"] == "system" for message in messages):
+            raise DataError("The form that the run was trained with has no place for a system message: leave it out.")
+        return [
+            int(token) for token in self._encode(self._form.question({self._form.asked[0]: messages[-1]["content"]}))
+        ]
 
 
 class NumberedRounds:
@@ -109,7 +107,7 @@ def find_template(source: Source, path: str | None = None) -> Template:
     """Find the form in which a model expects a talk.
 
     Args:
-        source: its folder and tokenizer.
+        source: its folder and tokenizer, and of a run the form that it was trained with.
         path: a file with a template, in the place of the model's own.
 
     Returns:
@@ -120,13 +118,13 @@ def find_template(source: Source, path: str | None = None) -> Template:
         DataError: a file cannot be read.
     """
     folder = source.weights if source.weights.is_dir() else source.weights.parent
-    settings = _read_json(folder / TOKENIZER_CONFIG_NAME)
-    text = _read(Path(path)) if path is not None else _template_of(folder, settings)
     encode = source.tokenizer.encode
+    if path is None and isinstance(trained := source.samples.get("template"), str):
+        found = read_template(trained, source.tokenizer, source.samples.get("learned"))
+        return found if isinstance(found, JinjaTemplate) else SingleForm(found, encode)
+    text = read_text(Path(path)) if path is not None else find_chat_template(folder)
     if text is not None:
-        special = {**_read_json(folder / "special_tokens_map.json"), **settings}
-        names = {name: _spelling(value) for name, value in special.items() if name.endswith("_token")}
-        return JinjaTemplate(text, encode, names)
+        return make_chat_template(text, folder, encode)
     config, name = source.model.config, type(source.model).__name__
     if name == "ChatGLMModel":
         return NumberedRounds(encode, [], [config.gmask_token_id, config.bos_token_id], is_second=False)
@@ -140,62 +138,30 @@ def find_template(source: Source, path: str | None = None) -> Template:
     )
 
 
-def _template_of(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    if (folder / TEMPLATE_NAME).is_file():
-        return _read(folder / TEMPLATE_NAME)
-    found = settings.get("chat_template")
-    if isinstance(found, list):  # several by name, as Hugging Face once wrote them
-        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
-        found = named.get("default")
-    return found if isinstance(found, str) else None
+def use_template(source: Source, path: str | None = None) -> Template:
+    """Find the form of talks, let prompts be put into it, and let texts end where it closes an answer.
+
+    Args:
+        source: gets `template`, and more `end_tokens`.
+        path: see `find_template`.
+
+    Returns:
+        The template.
+    """
+    template = find_template(source, path)
+    source.template = template
+    if isinstance(template, JinjaTemplate):
+        source.end_tokens = sorted({*source.end_tokens, *_find_closing(template, source.tokenizer)})
+    return template
 
 
-def _read(path: Path) -> str:
+def _find_closing(template: JinjaTemplate, tokenizer: Any) -> list[int]:  # noqa: ANN401
+    """Return the special token, one without text, that a template puts behind an answer."""
+    talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "OK"}]
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}.") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(_read(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is no JSON: {error}.") from error
-    return values if isinstance(values, dict) else {}
-
-
-def _answer_mark() -> Any:  # noqa: ANN401 - the library is loaded when it is needed
-    """Return what reads `{% generation %}`, by which Hugging Face's templates mark answers, as the text inside."""
-    from jinja2.ext import Extension
-
-    class AnswerMark(Extension):
-        tags = {"generation"}
-
-        def parse(self, parser: Any) -> Any:  # noqa: ANN401
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    return AnswerMark
-
-
-def _spelling(value: Any) -> Any:  # noqa: ANN401
-    return value.get("content") if isinstance(value, dict) else value
-
-
-def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:  # noqa: ANN401
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _refuse(message: str) -> None:
-    import jinja2
-
-    raise jinja2.TemplateError(message)
-
-
-def _now(form: str) -> str:
-    import datetime
-
-    return datetime.datetime.now().strftime(form)
+        asked, answered = template.render(talk[:1], is_open=True), template.render(talk, is_open=False)
+    except DataError:  # it refuses this talk: it has rules of its own
+        return []
+    closing = answered[len(asked) :].partition("OK")[2].strip() if answered.startswith(asked) else ""
+    first = template.ids(closing)[:1] if closing else []
+    return first if first and not tokenizer.decode(first) else []
