@@ -28,6 +28,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 #: Recipes that a text will not do for: what stands for their data.
 DATA = {
     "bert_sst2": ["--data.path", "table.tsv"],
+    "bert_whole_words": ["--data.path", "table.tsv"],
     "gpt2_instructions": ["--data.path", "rows.jsonl"],
     "t5_summaries": ["--data.path", "rows.jsonl"],
     "vit_digits": ["--data.path", "images", "--model.model.config.in_channels", "3"],
@@ -60,6 +61,18 @@ def test_recipe_says_what_it_does(recipe: Path) -> None:
     assert [line[: len(start)] for line, start in zip(header, starts, strict=True)] == starts
     assert f"recipes/{recipe.name}" in header[1]
     assert re.search(r"\d", header[2]) and re.search(r"\d", header[3])
+
+
+def test_a_student_learns_from_inside_of_its_teacher_by_yaml(folder: Path) -> None:
+    recipe = next(path for path in RECIPES if path.stem == "bert_distill")
+    words = ["--data.path", "text.txt", "--trainer.max_steps", "2", "--trainer.val_check_interval", "2"]
+    words += ["--trainer.limit_val_batches", "1", "--trainer.log_every_n_steps", "1"]
+    words += ["--model.model.student.config.hidden_size", "32", "--model.hidden.layers", "{2: 0, 5: 1}"]
+    main(["fit", "--config", str(recipe), *words, "--model.hidden.kind", "cosine"])
+    run = folder / "runs" / "bert_distill" / "version_0"
+    assert "val_hidden_loss" in (run / "metrics.csv").read_text().splitlines()[0]
+    config = json.loads((run / "model" / "model_config.json").read_text())
+    assert config["model_class"] == "BertModel" and config["num_layers"] == 2 and config["hidden_size"] == 32
 
 
 def test_there_are_recipes() -> None:
