@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 from sat_lightning.cli import main
+from sat_lightning.training.commands.source import load_model
 
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.yaml"))
 #: A run of one batch needs no corpus: a text of a few kilobytes stands for what a recipe trains on.
@@ -73,6 +75,21 @@ def test_a_student_learns_from_inside_of_its_teacher_by_yaml(folder: Path) -> No
     assert "val_hidden_loss" in (run / "metrics.csv").read_text().splitlines()[0]
     config = json.loads((run / "model" / "model_config.json").read_text())
     assert config["model_class"] == "BertModel" and config["num_layers"] == 2 and config["hidden_size"] == 32
+
+
+def test_lora_begins_with_the_model_of_the_recipe_before_it(folder: Path) -> None:
+    write_labelled(folder)
+    base, recipe = "gpt2_instructions", "gpt2_instructions_lora"
+    named = {path.stem: path for path in RECIPES}
+    few = ["--trainer.max_steps", "1", "--trainer.val_check_interval", "1", "--trainer.limit_val_batches", "1"]
+    words = [*next(words for name, words in DATA.items() if base.startswith(name)), *few, "--data.batch_size", "2"]
+    main(["fit", "--config", str(named[base]), *words])
+    model = folder / "runs" / base / "version_0" / "model"
+    main(["fit", "--config", str(named[recipe]), *words, "--init_from", str(model)])
+    trained = load_file(model / "model.safetensors")
+    found = load_model(str(folder / "runs" / recipe / "version_0")).state_dict()
+    shared = [name for name in trained if name in found and "final" not in name]
+    assert len(shared) > 20 and all(trained[name].equal(found[name]) for name in shared)
 
 
 def test_there_are_recipes() -> None:
