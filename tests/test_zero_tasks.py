@@ -79,7 +79,7 @@ class Run:
                 rooms = (batch["target_ids"] >= 0).sum(1).tolist()
                 answers += [row[row >= 0][: rooms[index]].tolist() for index, row in rows]
             else:
-                answers += [row[batch["token_mask"][index]].tolist() if row.dim() else int(row) for index, row in rows]
+                answers += [row if isinstance(row, list) else int(row) for _, row in rows]  # of words, or of the row
         return answers
 
     def draw(self, folder: Path) -> dict[str, Any]:

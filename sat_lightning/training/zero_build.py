@@ -24,7 +24,7 @@ def cast_buffers(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def cast_shards(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast parameters that ZeRO-3 has split already.
+    """Cast parameters, split by ZeRO-3 already or not.
 
     Building them in half precision at once would cast every other tensor that a constructor makes on its way, as the
     frequencies of a rotary embedding.
@@ -36,6 +36,7 @@ def cast_shards(module: nn.Module, dtype: torch.dtype) -> None:
     for parameter in module.parameters():
         if hasattr(parameter, "ds_tensor"):
             parameter.ds_tensor.data = parameter.ds_tensor.data.to(dtype)
+        if parameter.is_floating_point():  # one that its module got after its constructor is not split yet
             parameter.data = parameter.data.to(dtype)
 
 
