@@ -30,7 +30,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return `F.linear(x, weight, bias)` by the copy that serves; to a compiler it is one operator."""
     if torch.compiler.is_compiling():
         return torch.ops.sat_lightning.multiply_packed(x, weight, bias)
-    return _SERVING[-1].multiply(x, weight, bias) if _SERVING else F.linear(x, weight, bias)
+    return _multiply(x, weight, bias)
 
 
 def multiply_vector(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -74,8 +74,7 @@ class PackedWeights:
             return F.linear(x, weight, bias)
         copy = self._copies.get(id(weight))
         if copy is None:
-            copy = weight.detach()
-            copy = self._copies[id(weight)] = self._copy(copy) if self.makes_copies else copy
+            copy = self._copies[id(weight)] = self._copy(weight.detach()) if self.makes_copies else weight.detach()
             self._weights.append(weight)
         if copy.layout is torch.strided:
             return F.linear(x, copy, bias)
@@ -85,10 +84,8 @@ class PackedWeights:
     def serve(self, model: nn.Module) -> Iterator[None]:
         """Let every plain linear of a model multiply by its copy."""
         kinds = {m: type(m) for m in model.modules() if isinstance(m, nn.Linear) and _is_plain(m)}
-        for linear in kinds:
-            linear.__class__ = (
-                _PackedLinear if self.makes_copies else _VectorLinear
-            )  # a compiler knows it again, as it would no function made here
+        for linear in kinds:  # a compiler knows a class again, as it would no function made here
+            linear.__class__ = _PackedLinear if self.makes_copies else _VectorLinear
         _SERVING.append(self)
         try:
             yield
