@@ -16,7 +16,7 @@ import lightning as L
 import pytest
 import torch
 
-from sat_lightning.training import AttentionPlotter, ConfusionPlotter, ImageGrid, TrainableOnly
+from sat_lightning.training import AttentionPlotter, ConfusionPlotter, ImageGrid, OptimConfig, TrainableOnly
 from tests.processes import results_of, run_each
 from tests.task_examples import TASKS, build
 from tests.zero_cases import MIDDLE, NUM_STEPS, SINGLE, Case, Recorder, make_case_trainer
@@ -31,6 +31,8 @@ CASES = {
     ],
 }
 CASES["slow"] = [name for name in CASES["slow"] if name not in CASES["quick"]]
+#: In half precision: at the rate of the table roundings alone move the fourth loss by up to 20 %, at this one by 1 %.
+HALF_OPTIM = OptimConfig(learning_rate=5e-3)
 PICTURES = {"text": AttentionPlotter, "image": ImageGrid}
 ALL = [*CASES["quick"], *(pytest.param(name, marks=pytest.mark.slow) for name in CASES["slow"])]
 
@@ -47,8 +49,10 @@ class Run:
 
     def make_task(self) -> Any:
         L.seed_everything(0, verbose=False)
-        teacher = {"teacher_path": str(self.folder / "teacher")} if self.task == "distillation" else {}
-        return self.example.make(**teacher)
+        more: dict[str, Any] = {"teacher_path": str(self.folder / "teacher")} if self.task == "distillation" else {}
+        if self.case.precision != "32-true":
+            more["optim"] = HALF_OPTIM
+        return self.example.make(**more)
 
     def make_trainer(self, *callbacks: L.Callback, folder: Path | None = None) -> L.Trainer:
         return make_case_trainer(
@@ -138,14 +142,14 @@ def results(folder: Path) -> Callable[[str], Any]:
 
 
 @pytest.fixture(scope="module")
-def alone(folder: Path) -> Callable[[str], Any]:
-    """The same in this process, once for each task."""
+def alone(folder: Path) -> Callable[..., Any]:
+    """The same in this process, once for each task and precision."""
 
     @cache
-    def all_of(task: str) -> dict[str, Any]:
-        one = Run(task, folder)
-        found = one.fit(folder / f"{task}-alone")
-        return found | {"answers": one.answer(folder / f"{task}-alone" / "end.ckpt")}
+    def all_of(task: str, precision: str = "32-true") -> dict[str, Any]:
+        one, own = Run(task, folder, precision=precision), folder / f"{task}-{precision}-alone"
+        found = one.fit(own)
+        return found | {"answers": one.answer(own / "end.ckpt")}
 
     return all_of
 
@@ -153,20 +157,20 @@ def alone(folder: Path) -> Callable[[str], Any]:
 @pytest.mark.timeout(1300)
 @pytest.mark.parametrize("name", [name for name in ALL if "drawn" not in str(name)])
 def test_a_task_learns_and_is_rated_as_in_one_process(
-    name: str, results: Callable[[str], Any], alone: Callable[[str], Any], folder: Path
+    name: str, results: Callable[[str], Any], alone: Callable[..., Any], folder: Path
 ) -> None:
-    task, *how = name.split()
-    found, expected = results(name), alone(task)
-    close = {"rel": 2e-5} if len(how) == 1 else {"rel": 3e-2, "abs": 3e-2}
+    task, _, *precision = name.split()
+    found, expected, is_full = results(name), alone(task, *precision), not precision
+    close = {"rel": 2e-5} if is_full else {"rel": 2e-2}
     assert found["global_step"] == expected["global_step"] == NUM_STEPS
     assert found["losses"] == pytest.approx(expected["losses"], **close)
     assert found["rates"].keys() == expected["rates"].keys() and len(found["rates"]) > 1
-    if len(how) == 1:  # in half precision a class may be another one
+    if is_full:  # in half precision a class may be another one
         assert found["rates"] == pytest.approx(expected["rates"], rel=1e-4)
         assert found["answers"] == expected["answers"][::2]  # rank 0 has every other row
     # A new task with the weights of the checkpoint, in two processes and in one.
-    assert found["rates of end"] == pytest.approx(found["rates"], **({"rel": 1e-6} if len(how) == 1 else close))
-    if len(how) == 1:
+    assert found["rates of end"] == pytest.approx(found["rates"], **({"rel": 1e-6} if is_full else close))
+    if is_full:
         end = folder / name.replace(" ", "-") / "end.ckpt"
         assert Run(task, folder).rate(end) == pytest.approx(found["rates"], rel=1e-4)
 
