@@ -20,7 +20,9 @@ A model is a backbone plus mixins; a mixin speaks by defining a method with the 
 Inside a layer `**kw` always holds `hooks`, `layer_id` (int), `position_ids`, `output_this_layer`,
 `output_cross_layer` and every keyword of the model call. What a hook writes to `output_this_layer` leaves the model in
 `outputs_per_layer[layer_id]`; what it writes to `output_cross_layer` is a keyword of the next layer's hooks. An
-embedding hook that puts tokens in front of the sequence says so there, see `sat_lightning.nn.front`.
+embedding hook that puts tokens in front of the sequence says so there, see `sat_lightning.nn.front`. Where a caller
+gives `token_indices`, hidden states in layers are `[1, tokens, c]`, around attention `[b, s, c]` as ever: see
+`sat_lightning.nn.unpadding`.
 
 Who wins: the default, then the model's own methods, then mixins in the order added. A plain hook takes a seam only
 from the default or from a `@replaceable` hook; a `@non_conflict` hook receives `old_impl` and wraps what is there, or,
@@ -45,7 +47,7 @@ HookT = TypeVar("HookT", bound=Hook)
 #: Keywords that the backbone passes itself; a hook may not carry them to the next layer, nor a caller pass them.
 RESERVED = frozenset(
     "hooks layer_id position_ids output_this_layer output_cross_layer old_impl causal_mask full_mask binary_masks "
-    "rotary".split()
+    "rotary unpadding".split()
 )
 
 

@@ -23,6 +23,7 @@ Where a row of a file is a sample, it is read by number, and where it cannot be,
       samples: {fields: [prompt, answer], learned: [answer], too_long: truncate}    # pack: true for packed rows
       bucket_size: 4096                                                             # similar lengths side by side
       max_tokens: 16384                                                             # of a rank's batch, with padding
+      unpad: true                                                                   # layers compute no padding
 
 Text around the fields, or the messages of a chat, are `samples.template`: `"Question: {prompt} Answer: {answer}"`, or
 `chat` for the template of the tokenizer's folder. A validation path is read as that of training, or has its own fields.
@@ -59,6 +60,7 @@ from sat_lightning.data.store import TokenStore
 from sat_lightning.data.stream import ShardStream, StreamOptions
 from sat_lightning.data.tokenizer import ByteTokenizer, Tokenizer, TokenizersFile, load_tokenizer
 from sat_lightning.data.transforms import ProcessedRecords, Tokenize
+from sat_lightning.data.unpad import UnpadCollate
 
 __all__ = [
     "IGNORED_TARGET",
@@ -92,6 +94,7 @@ __all__ = [
     "Tokenizer",
     "TokenizersFile",
     "Unfinished",
+    "UnpadCollate",
     "WeightedPath",
     "batch_by_tokens",
     "bucket_by_length",

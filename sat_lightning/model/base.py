@@ -50,7 +50,8 @@ class BaseModel(Persistent, nn.Module):
         attention_mask: None (full), -1 or "causal", or a tensor `[s, t]` or `[b, 1, s|1, t]`, 1 is visible.
             Omitted: the family's own.
         **kw: reach every hook. The backbone itself knows `output_hidden_states`, `encoder_outputs`,
-            `cross_attention_mask`, `log_attention_weights`, and `target_ids` (see `sat_lightning.hooks.computes_loss`).
+            `cross_attention_mask`, `log_attention_weights`, `target_ids` (see `sat_lightning.hooks.computes_loss`), and
+            `token_indices` (see `sat_lightning.nn.unpadding`).
 
     Returns a list: what `final_forward` returned (logits `[b, s, v]`), then for each layer the dict of what hooks wrote
     to `output_this_layer`. A wrong shape, or a sequence longer than the position table, is an `InputError`.
@@ -108,6 +109,8 @@ class BaseModel(Persistent, nn.Module):
         except Exception as error:
             if not torch.compiler.is_compiling():
                 self._add_provenance(error, input_ids, position_ids)
+                if kw.get("token_indices") is not None:
+                    _add_note(error, "token_indices were given: inside the layers hidden states are [1, tokens, c].")
             raise
 
     def make_position_ids(self, input_ids: Tensor, **kw: Any) -> Tensor | None:

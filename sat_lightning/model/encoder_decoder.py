@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sat_lightning.config import TransformerConfig
+from sat_lightning.errors import InputError
 from sat_lightning.model.base import OMITTED, BaseModel
 from sat_lightning.model.composed import ComposedModel
 from sat_lightning.model.mixin import BaseMixin
@@ -80,6 +81,8 @@ class EncoderDecoderModel(ComposedModel):
         enc_attention_mask: `[b, s]` (1 is a token, 0 padding), or as in `BaseModel`. None: full.
         dec_attention_mask: as in `BaseModel`. None: causal.
         cross_attention_mask: what the decoder sees of the encoder. None: the encoder's mask.
+        enc_token_indices: the tokens that are computed, see `sat_lightning.nn.unpadding`. None: all.
+        dec_token_indices: the same of the decoder.
         **kw: reach the hooks of both.
 
     Returns encoder outputs `[b, s, c]`, decoder logits `[b, t, v]`, and for each decoder layer its dict.
@@ -141,18 +144,23 @@ class EncoderDecoderModel(ComposedModel):
         enc_attention_mask: MaskLike = None,
         dec_attention_mask: MaskLike = None,
         cross_attention_mask: MaskLike = None,
+        enc_token_indices: Tensor | None = None,
+        dec_token_indices: Tensor | None = None,
         **kw: Any,
     ) -> tuple[Any, ...]:
         """Read, then write; arguments and result are described by the class."""
+        if "token_indices" in kw:
+            raise InputError("token_indices: encoder and decoder have their own, enc_ and dec_token_indices.")
         enc_attention_mask = read_padding(enc_attention_mask, enc_input_ids)
         cross = (
             enc_attention_mask if cross_attention_mask is None else read_padding(cross_attention_mask, enc_input_ids)
         )
         encoder_outputs = self.encode(
-            enc_input_ids, position_ids=enc_position_ids, attention_mask=enc_attention_mask, **kw
-        )
+            enc_input_ids, position_ids=enc_position_ids, attention_mask=enc_attention_mask,
+            token_indices=enc_token_indices, **kw,
+        )  # fmt: skip
         decoded = self.decode(
             dec_input_ids, position_ids=dec_position_ids, attention_mask=dec_attention_mask,
-            encoder_outputs=encoder_outputs, cross_attention_mask=cross, **kw,
+            encoder_outputs=encoder_outputs, cross_attention_mask=cross, token_indices=dec_token_indices, **kw,
         )  # fmt: skip
         return (encoder_outputs, *decoded)

@@ -20,6 +20,7 @@ from sat_lightning.errors import InputError
 from sat_lightning.hooks import HookTable
 from sat_lightning.nn.linear import InitMethod, Linear, apply_linear, drop_out
 from sat_lightning.nn.rotary import rotate
+from sat_lightning.nn.unpadding import put_back, take_out
 
 Heads = tuple[Tensor, Tensor]
 
@@ -72,13 +73,13 @@ class SelfAttention(nn.Module):
 
     def attend(self, hidden_states: Tensor, mask: Tensor, *, hooks: HookTable, **kw: Any) -> Tensor:
         """Project, turn, attend, project."""
-        mixed = apply_linear(self, "query_key_value", hidden_states, hooks=hooks, **kw)
+        mixed = put_back(apply_linear(self, "query_key_value", hidden_states, hooks=hooks, **kw), kw)
         query, key, value = split_into_heads(mixed, self.sizes, self.hidden_size_per_attention_head)
         query, key = (self.turn if hooks.query_key_forward is None else hooks.query_key_forward)(
             query, key, hooks=hooks, **kw
         )
         context = hooks.attention_fn(query, key, value, mask, dropout_of(self), hooks=hooks, **kw)  # [b, h, s, d]
-        output = apply_linear(self, "dense", merge_heads(context), hooks=hooks, **kw)
+        output = apply_linear(self, "dense", take_out(merge_heads(context), kw), hooks=hooks, **kw)
         return drop_out(self.output_dropout, output)
 
     def turn(self, query: Tensor, key: Tensor, *, rotary: Heads | None = None, **kw: Any) -> Heads:
@@ -138,9 +139,8 @@ class CrossAttention(nn.Module):
 
         `encoder_outputs` is `[b, t, e]`, or for each layer the (key, value) that an earlier call gave as `mem_cross`.
         """
-        query = split_heads(
-            apply_linear(self, "query", hidden_states, hooks=hooks, **kw), self.hidden_size_per_attention_head
-        )
+        query = put_back(apply_linear(self, "query", hidden_states, hooks=hooks, **kw), kw)
+        query = split_heads(query, self.hidden_size_per_attention_head)
         if isinstance(encoder_outputs, Tensor):
             mixed = apply_linear(self, "key_value", encoder_outputs, hooks=hooks, **kw)
             key, value = split_into_heads(mixed, self.sizes, self.hidden_size_per_attention_head)
@@ -157,7 +157,8 @@ class CrossAttention(nn.Module):
             query, key, value, cross_attention_mask, dropout_of(self),
             hooks=hooks, **{**kw, "cross_attention": True, "mem_cross": given},
         )  # fmt: skip
-        return drop_out(self.output_dropout, apply_linear(self, "dense", merge_heads(context), hooks=hooks, **kw))
+        output = apply_linear(self, "dense", take_out(merge_heads(context), kw), hooks=hooks, **kw)
+        return drop_out(self.output_dropout, output)
 
 
 def dropout_of(attention: SelfAttention | CrossAttention) -> nn.Dropout | None:

@@ -18,7 +18,7 @@ from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import InputError
 from sat_lightning.hooks import HookTable, computes_loss
 from sat_lightning.nn.attention_fn import attention_fn_default
-from sat_lightning.nn.front import Front, read_front
+from sat_lightning.nn.front import read_front
 from sat_lightning.nn.head import project
 from sat_lightning.nn.layer import NormFactory, TransformerLayer
 from sat_lightning.nn.linear import Embedding, InitMethod, drop_out, normal_init, scaled_normal_init
@@ -26,6 +26,7 @@ from sat_lightning.nn.masks import MaskLike, make_masks
 from sat_lightning.nn.mlp import Activation, gelu
 from sat_lightning.nn.norm import LayerNorm
 from sat_lightning.nn.rotary import RotaryEmbedding
+from sat_lightning.nn.unpadding import Unpadding, make_unpadding
 
 Carry = dict[str, Any]
 
@@ -88,6 +89,7 @@ class Transformer(nn.Module):
         *,
         hooks: HookTable,
         output_hidden_states: bool = False,
+        token_indices: Tensor | None = None,
         **kw: Any,
     ) -> list[Any]:
         """Run the forward that `sat_lightning.hooks` draws; see `BaseModel.forward` for arguments and result."""
@@ -96,11 +98,26 @@ class Transformer(nn.Module):
         if front := read_front(carry):
             position_ids = front.number(position_ids, self._num_positions(hooks))
             attention_mask, kw = front.extend(attention_mask), front.extend_others(kw)
+        unpadding = make_unpadding(token_indices, input_ids, words, front, hooks)
         hidden_states = self.add_positions(words, position_ids, carry, hooks, **kw)
         kw, mask = self._add_masks(attention_mask, hidden_states, hooks, kw)
         if isinstance(self.position_embeddings, RotaryEmbedding) and position_ids is not None:
             kw["rotary"] = self.position_embeddings(position_ids, hidden_states.dtype)
         kw |= {"hooks": hooks, "position_ids": position_ids}
+        more = {} if unpadding is None else {"unpadding": unpadding}
+        hidden_states, per_layer = self._run_layers(hidden_states, mask, carry, output_hidden_states, **kw, **more)
+        if front is not None:
+            hidden_states = front.cut(hidden_states)
+        return [hooks.final_forward(hidden_states, parallel_output=self.config.parallel_output, **kw), *per_layer]
+
+    def _run_layers(
+        self, hidden_states: Tensor, mask: Tensor, carry: Carry, output_hidden_states: bool, **kw: Any
+    ) -> tuple[Tensor, list[dict[str, Any]]]:
+        """Run all layers and the final norm: `[b, s, c]` to `[b, s, c]`, and what each layer leaves behind."""
+        unpadding: Unpadding | None = kw.get("unpadding")
+        if unpadding is not None:
+            self._refuse_drop_path()
+            hidden_states = unpadding.gather(hidden_states)
         per_layer: list[dict[str, Any]] = []
         for start, stop, is_kept in self.blocks():
             run: Callable[..., Any] = partial(self._run_block, start, stop, output_hidden_states, **kw)
@@ -108,13 +125,16 @@ class Transformer(nn.Module):
                 run = partial(checkpoint, run, use_reentrant=False)
             hidden_states, outputs, carry = run(hidden_states, mask, carry)
             per_layer += outputs
-        hidden_states = self._close(hidden_states, front)
-        return [hooks.final_forward(hidden_states, parallel_output=self.config.parallel_output, **kw), *per_layer]
-
-    def _close(self, hidden_states: Tensor, front: Front | None) -> Tensor:
         if self.config.use_final_layernorm:
             hidden_states = self.final_layernorm(hidden_states)
-        return hidden_states if front is None else front.cut(hidden_states)
+        return hidden_states if unpadding is None else unpadding.scatter(hidden_states), per_layer
+
+    def _refuse_drop_path(self) -> None:
+        if self.config.drop_path and self.training:
+            raise InputError(
+                f"token_indices were given, and drop_path is {self.config.drop_path}: it drops whole rows, and layers "
+                "then do not see rows. Leave token_indices out, or set drop_path to 0."
+            )
 
     def add_positions(
         self, words: Tensor, position_ids: Tensor | None, carry: Carry, hooks: HookTable, **kw: Any
@@ -151,7 +171,8 @@ class Transformer(nn.Module):
             # which object they are.
             hidden_states, this_layer, carry = layer(hidden_states, mask=mask, carry=carry, layer_id=layer_id, **kw)
             if output_hidden_states:
-                this_layer["hidden_states"] = hidden_states
+                unpadding: Unpadding | None = kw.get("unpadding")
+                this_layer["hidden_states"] = hidden_states if unpadding is None else unpadding.scatter(hidden_states)
             outputs.append(this_layer)
         return hidden_states, outputs, carry
 

@@ -178,7 +178,11 @@ class MultipleChoiceTask(ClassificationTask):
             ConfigError: the head gives more than one score.
         """
         num_rows, num_choices, _ = batch["input_ids"].shape
-        inputs = {name: value.flatten(0, 1) for name, value in batch.items() if name != "target_ids"}
+        inputs = {
+            name: value.flatten(0, 1) if value.dim() > 1 else value  # token_indices count through all rows as it is
+            for name, value in batch.items()
+            if name != "target_ids"
+        }
         scores = self._run_model(inputs)
         if scores.shape[1:] != (1,):
             raise ConfigError(

@@ -18,6 +18,7 @@ from sat_lightning.data import (
     ShardedOrder,
     SourceOptions,
     Tokenizer,
+    UnpadCollate,
     WeightedPath,
     load_tokenizer,
 )
@@ -246,6 +247,13 @@ class SATDataModule(DataFacts, L.LightningDataModule):
 
     @property
     def _collate(self) -> Callable[[list[Any]], Any] | None:
+        collate = self._padding_collate
+        if self.options.unpad and collate is None:
+            raise DataError("data: unpad is for padded samples, and rows of running text have none. Remove unpad.")
+        return UnpadCollate(collate) if self.options.unpad and collate is not None else collate
+
+    @property
+    def _padding_collate(self) -> Callable[[list[Any]], Any] | None:
         samples = self.options.samples
         if self.options.collate is not None or not is_of_samples(self.sources, samples):
             return self.options.collate
@@ -256,7 +264,7 @@ class SATDataModule(DataFacts, L.LightningDataModule):
         if samples is not None and samples.pack:
             return DocumentCollate()
         task = getattr(self.trainer, "lightning_module", None)
-        return PadCollate(token_mask=getattr(task, "needs_token_mask", False))
+        return PadCollate(token_mask=self.options.unpad or getattr(task, "needs_token_mask", False))
 
     def _settings(self) -> dict[str, Any]:
         is_on_cuda = self.trainer.strategy.root_device.type == "cuda" if self.trainer else torch.cuda.is_available()

@@ -34,6 +34,9 @@ class DataOptions(SourceOptions):
     """A rank's training batch is as many samples as fit this many tokens, padding counted, instead of `batch_size`."""
     collate: Callable[[list[Any]], Any] | None = None
     """Makes a batch of samples; default PyTorch's, for `samples` `PadCollate()`, packed `DocumentCollate()`."""
+    unpad: bool = False
+    """Leave padding out of what layers compute: same results, less work where samples differ in length. For `samples`
+    that are padded, or a `collate` that adds `token_mask`."""
     drop_last: bool = False
     """Leave out the shorter last step of a training epoch, for batches that are all of one shape."""
 
@@ -41,6 +44,8 @@ class DataOptions(SourceOptions):
         for name, value in (("bucket_size", self.bucket_size), ("max_tokens", self.max_tokens)):
             if value is not None and value < (name == "max_tokens"):
                 raise DataError(f"data: {name} is {value}. Set it to at least {int(name == 'max_tokens')}.")
+        if self.unpad and self.samples is not None and (self.samples.pack or self.samples.image):
+            raise DataError("data: unpad is for padded samples, and samples are packed or images. Remove unpad.")
         if self.max_tokens is not None and self.drop_last:
             raise DataError(
                 "data: drop_last leaves out a shorter last step, and with max_tokens steps are of any size. Set one."

@@ -81,6 +81,8 @@ class SequenceToSequenceTask(SATLightningModule):
             "enc_input_ids": batch["input_ids"],
             "dec_input_ids": dec_input_ids,
             "enc_attention_mask": batch.get("attention_mask"),
+            "enc_token_indices": batch.get("enc_token_indices"),
+            "dec_token_indices": batch.get("dec_token_indices"),
         }
         logits = self._built_model()(**inputs)[1]
         return mean_over_targets(hard_loss(logits, target_ids), target_ids != IGNORED_TARGET)
