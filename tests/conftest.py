@@ -17,6 +17,8 @@ import numpy
 import pytest
 import torch
 
+from sat_lightning.model.unfinished_kernels import drop_unfinished_kernels
+
 torch.set_num_threads(1)
 
 
@@ -45,6 +47,12 @@ def no_remote_files() -> None:
     if memory := sys.modules.get("fsspec.implementations.memory"):
         memory.MemoryFileSystem.store.clear()
         memory.MemoryFileSystem.pseudo_dirs[:] = [""]
+
+
+@pytest.fixture(scope="session")
+def no_unfinished_kernels() -> None:
+    """A run that was stopped while it compiled decides nothing here; for tests that go through the code generator."""
+    drop_unfinished_kernels()
 
 
 @pytest.fixture(autouse=True)

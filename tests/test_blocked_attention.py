@@ -77,6 +77,7 @@ def test_left_to_torch_under_torch_func():
     assert chosen == [False] and is_blocked_faster(query, query) == module._has_bfloat16_products()
 
 
+@pytest.mark.usefixtures("no_unfinished_kernels")
 def test_compiles_into_one_graph_without_recompiling():
     options = {"is_causal": True, "scale": 0.3}
     compiled = torch.compile(blocked_attention, fullgraph=True)

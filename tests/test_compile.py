@@ -10,6 +10,7 @@ from tests import sat_style
 from tests.test_hooks import STACKS, stacked
 from tests.test_hooks import TINY as THREE_LAYERS
 
+pytestmark = pytest.mark.usefixtures("no_unfinished_kernels")
 TINY = THREE_LAYERS.replace(num_layers=2)
 
 

@@ -149,6 +149,7 @@ def test_a_saved_folder_rebuilds_the_model(name, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
+@pytest.mark.usefixtures("no_unfinished_kernels")
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled_code_gives_equal_numbers_and_gradients(name):
     """The real code generator, forwards and backwards: a minute for each family."""

@@ -141,6 +141,7 @@ def test_compiles_into_one_graph(method, family, is_checkpointed):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
+@pytest.mark.usefixtures("no_unfinished_kernels")
 @pytest.mark.parametrize("is_checkpointed", [False, True])
 @pytest.mark.parametrize(("method", "family"), FITTING)
 def test_compiled_code_trains_saves_and_reloads(method, family, is_checkpointed, tmp_path):

@@ -52,6 +52,7 @@ def test_every_layout_multiplies_alike(dtype, shape, num_threads, monkeypatch):
                 assert_close(weights.multiply(x, weight, offset), expected, atol=TOLERANCE[dtype], rtol=0.02)
 
 
+@pytest.mark.usefixtures("no_unfinished_kernels")
 def test_a_row_compiles_to_the_same_product():
     def products(xs, weights, bias):
         return [packed.multiply_vector(x, weight, offset) for x, weight, offset in zip(xs, weights, bias, strict=True)]

@@ -21,6 +21,7 @@ from sat_lightning.generation.prompts import pad_left, pad_right
 from sat_lightning.hooks import non_conflict
 from sat_lightning.mixins import KeyValueCache, LocalAttentionMixin, StaticCacheMixin
 from sat_lightning.model import BaseMixin, BaseModel, ComposedModel, EncoderDecoderModel
+from sat_lightning.model.unfinished_kernels import drop_unfinished_kernels
 from sat_lightning.nn.linear import Embedding
 
 #: The name under which a model that is prepared has it.
@@ -150,6 +151,8 @@ def _forward(call: Any, ids: Tensor, places: Tensor | None, mask: Any, cache: Ke
 @functools.cache
 def compiled_forward(backend: str) -> Any:  # noqa: ANN401
     """Return the forward compiled once for all lengths; the compiler keeps what it made for each model."""
+    if backend == "inductor":
+        drop_unfinished_kernels()
     # A step is short: to verify the sizes of each of its tensors takes a few percent of it.
     options: dict[str, Any] | None = {"size_asserts": False} if backend == "inductor" else None
     return torch.compile(_forward, dynamic=True, fullgraph=True, backend=backend, options=options)

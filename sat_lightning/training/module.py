@@ -15,6 +15,7 @@ from sat_lightning.errors import ConfigError
 from sat_lightning.mixins.no_mixin import NoMixin
 from sat_lightning.model import AnyModel, BaseMixin
 from sat_lightning.model.composed import owner_of
+from sat_lightning.model.unfinished_kernels import drop_unfinished_kernels
 from sat_lightning.training.callbacks.exact_resume import ExactResume
 from sat_lightning.training.callbacks.gradient_norm import GradientNorm
 from sat_lightning.training.callbacks.save_on_signal import SaveOnSignal
@@ -180,8 +181,11 @@ class SATLightningModule(StepModule):
         freeze_by_rules(model, self.optim.groups)
         self.model = model
         if self._compile_options:
+            options = self._compile_options if isinstance(self._compile_options, dict) else {}
+            if options.get("backend", "inductor") == "inductor":
+                drop_unfinished_kernels()  # of a run that was stopped while it compiled, and goes on here
             # In place, so that no wrapper's name enters a checkpoint.
-            model.compile(**(self._compile_options if isinstance(self._compile_options, dict) else {}))
+            model.compile(**options)
 
     @property
     def _is_built(self) -> bool:
