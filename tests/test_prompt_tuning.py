@@ -161,6 +161,17 @@ def test_what_cannot_be_says_why():
         bert.get_mixin("prompt").folded(bert)
     with pytest.raises(HookError, match="has no scale"):
         model.get_mixin("prompt").scale = 0.5
+    prompt = model.get_mixin("prompt")
+    with pytest.raises(HookError, match="there is no such prompt. Enable this one in the model it belongs to"):
+        prompt.folded(FAMILIES["gpt2"].build())
+    model.add_mixin("second", PromptTuningMixin(model.config, 2))
+    with pytest.raises(HookError, match="there is another prompt too, so that it stands elsewhere"):
+        prompt.folded(model)
+    model.get_mixin("second").disable()
+    assert prompt.folded(model).prefix_len == 20
+    prompt.disable()
+    with pytest.raises(HookError, match="In this model there is no such prompt"):
+        prompt.folded(model)
     with pytest.raises(ConfigError, match="prompt_len is 0"):
         PromptTuningMixin(model.config, 0)
     with pytest.raises(InputError, match=r"position_ids has shape \[2, 2, 9\], and cannot be moved along"):

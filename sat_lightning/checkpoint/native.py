@@ -18,6 +18,7 @@ from sat_lightning.checkpoint.report import some
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import CheckpointError
 from sat_lightning.mixins.quantized import is_quantized
+from sat_lightning.mixins.weight_tuning import WeightTuningMixin
 from sat_lightning.model import BaseMixin, ComposedModel
 from sat_lightning.model.composed import owner_of
 from sat_lightning.model.registry import AnyModel
@@ -174,12 +175,16 @@ def build_mixin(entry: Mapping[str, Any], config: TransformerConfig, what: str) 
     mixin = mixin_class(*positional, **settings)
     for switch in _SWITCHES.keys() & entry.keys():
         setattr(mixin, switch, entry[switch])
+    if isinstance(mixin, WeightTuningMixin):
+        mixin.wanted_id = entry.get("adapter_id", 0)
     return mixin
 
 
 def record_mixin(name: str, mixin: Any, config: TransformerConfig) -> dict[str, Any]:
     """Describe a mixin of a model of that configuration: its name, class, settings and switches."""
     entry: dict[str, Any] = {"name": name, "class_path": f"{type(mixin).__module__}.{type(mixin).__qualname__}"}
+    if adapter_id := getattr(mixin, "adapter_id", 0):
+        entry["adapter_id"] = adapter_id
     if mixin.freezes_base:
         entry |= {key: getattr(mixin, key) for key, usual in _SWITCHES.items() if getattr(mixin, key, usual) != usual}
     args, kwargs = getattr(mixin, "init_arguments", ((), {}))

@@ -126,7 +126,7 @@ class _Job:
                 raise InputError(f"{name} has {len(given)} entries for {len(self.rows)} prompts: give one a prompt.")
         modules: Iterator[Any] = self.model.modules()
         present = {-1, *(module.adapter_id for module in modules if hasattr(module, "adapter_id"))}
-        if unknown := set(map(int, options.adapter_ids or ())) - present:
+        if unknown := set(map(int, () if options.adapter_ids is None else options.adapter_ids)) - present:
             raise InputError(f"adapter_ids names {sorted(unknown)}; the model has {sorted(present)}, -1 for none.")
         if options.stop_strings and tokenizer is None:
             raise InputError("stop_strings are found in text: pass tokenizer=.")

@@ -38,7 +38,7 @@ class GenerationOptions:
     """Of strategies that draw: each row draws by the seed and its own place among the prompts. Default: a new one."""
     row_ids: Sequence[int] | None = None
     """A number for each prompt in the place of its place, so that calls that share prompts out draw as one would."""
-    adapter_ids: Sequence[int] | None = None
+    adapter_ids: Sequence[int] | torch.Tensor | None = None
     """For each prompt the method of fine-tuning that writes it, by its `adapter_id`; -1: none. Default: all."""
     batch_size: int | None = None
     """Prompts that are read together; those of like length go together. Default: all."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sat_lightning.errors import ConfigError
+from sat_lightning.errors import ConfigError, InputError
 from sat_lightning.mixins.places import Place, Slot
 
 Kept = tuple[Tensor, Tensor | None]
@@ -58,18 +58,25 @@ def whole(*parameters: Any) -> Iterator[None]:  # noqa: ANN401
             parameter.partition(has_been_updated=True)
 
 
-def rows_of(adapter_ids: Tensor | None, own: int, adapter: Adapter, x: Tensor) -> Tensor | None:
+def rows_of(adapter_ids: Tensor | Sequence[int] | None, own: int, adapter: Adapter, x: Tensor) -> Tensor | None:
     """Return 1 for the samples of a batch that an adapter is for, 0 for others, to be multiplied with `x`-like tensors.
 
     Raises:
         ConfigError: where samples cannot be told apart.
+        InputError: if they are not as many as the numbers.
     """
     if adapter_ids is None:
         return None
-    if x.dim() < 3 or x.shape[0] != adapter_ids.shape[0]:
+    adapter_ids = torch.as_tensor(adapter_ids, device=x.device)
+    if x.dim() < 3:
         raise ConfigError(
-            f"adapter_ids has {adapter_ids.shape[0]} entries, and {adapter.place_name} reads {list(x.shape)}, without "
-            "an axis of samples (tokens of an expert have none). Leave such linears out of target."
+            f"adapter_ids tells samples apart, and {adapter.place_name} reads {list(x.shape)}, without an axis of "
+            "samples (tokens of an expert have none). Leave such linears out of target."
+        )
+    if adapter_ids.shape != x.shape[:1]:
+        raise InputError(
+            f"adapter_ids has the shape {list(adapter_ids.shape)}, and {adapter.place_name} reads {list(x.shape)}: "
+            f"give one number for each of the {x.shape[0]} samples."
         )
     return (adapter_ids == own).view(-1, *[1] * (x.dim() - 1))
 

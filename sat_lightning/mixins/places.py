@@ -102,9 +102,11 @@ def choose(model: BaseModel, target: str | Sequence[str], option: str = "target"
         Places with their adapted rows.
 
     Raises:
-        ConfigError: if a pattern is malformed, or matches nothing that can be reached.
+        ConfigError: if there is no pattern, one is malformed, or matches nothing that can be reached.
     """
     patterns = {text: _compile(text, option) for text in ([target] if isinstance(target, str) else target)}
+    if not patterns:
+        raise ConfigError(f"{option} is empty: name at least one linear, as '{option}: [attention]'.")
     found, used = [], set[str]()
     for place in find_places(model):
         slots: dict[str, Slot] = {}

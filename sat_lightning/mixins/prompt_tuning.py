@@ -123,12 +123,17 @@ class PromptTuningMixin(TuningMixin):
             model: the causal model that holds this mixin, and no other prompt.
 
         Raises:
-            HookError: if it is not causal, so that the prompt reads the words, or its attention counts distances.
+            HookError: if it is not causal, so that the prompt reads the words, or its attention counts distances; or
+                if it has another prompt, or this one is disabled.
         """
         if model.default_mask not in ("causal", -1):
             raise HookError(
                 f"{type(model).__name__} is not causal: its prompt reads the words, and is no prefix. Keep the prompt."
             )
+        prompts = [one for one in model.mixins.values() if isinstance(one, PromptTuningMixin) and one.enabled]
+        if prompts != [self]:
+            state = "is another prompt too, so that it stands elsewhere" if self in prompts else "is no such prompt"
+            raise HookError(f"In this model there {state}. Enable this one in the model it belongs to, and no other.")
         for name, mixin in model.mixins.items():
             if isinstance(mixin, (LocalAttentionMixin, RelativeBiasMixin)):
                 raise HookError(

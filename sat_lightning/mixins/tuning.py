@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from sat_lightning.errors import ConfigError, HookError
@@ -29,6 +30,17 @@ class TuningMixin(BaseMixin):
             if not hasattr(cls.__init__, "__wrapped__"):
                 raise ConfigError(refusal(cls.__name__, cls.__init__, args))
         return cast(TuningMixin, super().__new__(cls, *args, **kwargs))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TuningMixin:
+        """Copy the method: with its model, as the copy's; by itself, without its model."""
+        memo[id(self)] = twin = object.__new__(type(self))
+        state = self.__dict__ if id(self._owner) in memo else self.__dict__ | self._free_state()
+        twin.__setstate__(copy.deepcopy(state, memo))
+        return twin
+
+    def _free_state(self) -> dict[str, Any]:
+        """Return what it would remember if it were in no model."""
+        return {"_owner": None, "transformer": None}
 
     @property
     def scale(self) -> float:

@@ -34,10 +34,13 @@ class WeightTuningMixin(TuningMixin):
         target: regular expressions over the names of linears; see `mixins.places`.
     """
 
+    is_of_one_model = True
     #: Whether it adds to what the linear gives, so that it stacks with any other in any order.
     is_additive: ClassVar[bool] = True
-    #: The number by which `adapter_ids` of a call means it: how many were added to the model before.
+    #: The number by which `adapter_ids` of a call means it: one more than those of the model before. A file keeps it.
     adapter_id: int = 0
+    #: The number it had when it was saved, which it gets where it is free.
+    wanted_id: int | None = None
 
     def __init__(self, config: TransformerConfig, target: str | Sequence[str]) -> None:
         super().__init__()
@@ -73,11 +76,16 @@ class WeightTuningMixin(TuningMixin):
         if shapes != {name: (adapter.in_features, adapter.out_features) for name, adapter in built.items()}:
             raise ConfigError(f"This {type(self).__name__} was built for a model of other linears. Build a new one.")
         self._adapters = {place.module: built[place.name] for place, _ in chosen}
-        ids = (other.adapter_id for _, other in others if isinstance(other, WeightTuningMixin))
-        self.adapter_id = 1 + max(ids, default=-1)
+        taken = [other.adapter_id for _, other in others if isinstance(other, WeightTuningMixin)]
+        is_free = self.wanted_id is not None and self.wanted_id not in taken
+        self.adapter_id = self.wanted_id if is_free else 1 + max(taken, default=-1)  # type: ignore[assignment]
+        self.wanted_id = None
         # Where no table is adapted the seam stays free, for those who take it whole.
         if not any(adapter.is_table for adapter in built.values()):
             self.word_embedding_forward: Any = None
+
+    def _free_state(self) -> dict[str, Any]:
+        return super()._free_state() | ({} if self._kept else {"_adapters": {}})
 
     def refuse_beside(self, name: str, other: BaseMixin, shared: Sequence[Adapter]) -> None:
         """Refuse to be added after another mixin, where the two do not stack.
@@ -198,8 +206,8 @@ class WeightTuningMixin(TuningMixin):
     def _refuse_merge(self) -> None:
         what = f"This {type(self).__name__}"
         if self._owner is None or self._kept or not self.enabled:
-            state = "is merged already" if self._kept else "is disabled; enable()" if self._owner else "is not added"
-            raise HookError(f"{what} {state}{' it first' if self._owner else ' to a model'}.")
+            state = "is disabled: call enable() first" if self._owner else "is not added to a model"
+            raise HookError(f"{what} {'is merged already' if self._kept else state}.")
         if any(hasattr(module.weight, "ds_tensor") for module in self._adapters):
             raise HookError(
                 f"{what} cannot merge under ZeRO-3, where no rank has a whole weight. Merge the saved file."
@@ -236,6 +244,14 @@ class WeightTuningMixin(TuningMixin):
                 "unmerge(), or del_mixin for a plain model."
             )
         super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if self._kept:
+            raise CheckpointError(
+                f"mixin '{prefix.rstrip('.')}' is merged: what is loaded would be left out of the forward. Call "
+                "unmerge() first."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _wide(x: Any) -> Any:  # noqa: ANN401

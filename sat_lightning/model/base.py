@@ -155,7 +155,7 @@ class BaseModel(Persistent, nn.Module):
             reinit: call its `reinit` at once.
 
         Raises:
-            HookError: if the name is taken, the object is no mixin, or a hook is malformed.
+            HookError: if the name is taken, the object is no mixin or is in a model already, or a hook is malformed.
             HookConflictError: if it claims a seam that another plain hook holds.
         """
         if not isinstance(new_mixin, BaseMixin):
@@ -163,6 +163,7 @@ class BaseModel(Persistent, nn.Module):
         if name in self.mixins:
             raise HookError(f"A mixin named '{name}' is there already. Call del_mixin('{name}'), or choose a name.")
         before = new_mixin.__dict__.get("transformer"), new_mixin._owner
+        _refuse_a_second_home(name, new_mixin, self)
         _attach(new_mixin, self.transformer, self)
         try:
             new_mixin.added_to(self)
@@ -222,6 +223,17 @@ class BaseModel(Persistent, nn.Module):
                 f"position_ids reach {_largest(position_ids)}, max_sequence_length is "
                 f"{self.config.max_sequence_length}.",
             )
+
+
+def _refuse_a_second_home(name: str, mixin: BaseMixin, model: BaseModel) -> None:
+    """Refuse what adapts the linears of another backbone, or is in this model by another name."""
+    owner = mixin._owner
+    if mixin.is_of_one_model and owner is not None and (owner is model or owner.transformer is not model.transformer):
+        held = next((own for own, one in owner.mixins.items() if one is mixin), name)
+        raise HookError(
+            f"'{name}' is in a {type(owner).__name__} already, as '{held}', and adapts what is there. Add a "
+            f"copy.deepcopy of it, or call del_mixin('{held}') there first."
+        )
 
 
 def _attach(mixin: BaseMixin, transformer: Transformer | None, owner: BaseModel | None) -> None:

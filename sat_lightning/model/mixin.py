@@ -38,6 +38,8 @@ class BaseMixin(nn.Module):
     stays_trainable: ClassVar[bool] = False
     #: Whether every linear it holds is run by `run_linear`, so that adapters of weights reach it.
     runs_linears: ClassVar[bool] = False
+    #: Whether it remembers modules of the model that holds it, so that a second one cannot hold it too.
+    is_of_one_model: ClassVar[bool] = False
     #: Patterns over names of the model's other parameters that train with it, as `\.bias$`.
     tuned_parameters: tuple[str, ...] = ()
     #: How many tokens it leaves in front of what an encoder returns to its decoder.
