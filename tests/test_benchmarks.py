@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 
@@ -142,3 +144,119 @@ def test_lora_step():
     assert [name.partition(",")[0] for name in table] == ["sat_lightning", "sat_lightning", *["transformers"] * 2]
     trained = [int(row[0]) for row in table.values()]
     assert trained[0] == trained[2] == trained[3] < trained[1]
+
+
+@pytest.fixture
+def benchmarks(monkeypatch) -> None:
+    """The folder of scripts is importable, here and in contestants."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+def contend(baton, name, num_steps, log, fails_at=-1):
+    """A contestant that writes down when it computes."""
+    baton.start([10] * num_steps)
+    for step in range(num_steps):
+        if step == fails_at:
+            raise RuntimeError(f"{name} is out of breath")
+        with open(log, "a") as file:
+            file.write(name)
+        baton.step(torch.tensor(float(step)))
+    with open(log, "a") as file:
+        file.write(name.upper())
+    return {"name": name}
+
+
+def test_one_contestant_computes_at_a_time(benchmarks, tmp_path):
+    import baton
+
+    log = tmp_path / "log"
+    results = baton.race({name: (contend, name, 5, str(log)) for name in "abc"}, turn=2)
+    assert log.read_text() == "aabbcc" + "bbccaa" + "cab" + "ABC"  # a round begins with the next; the end is a turn too
+    for name, result in results.items():
+        assert result.values == {"name": name} and result.losses == [0, 1, 2, 3, 4]
+        assert [turn.tokens for turn in result.turns] == [20, 20, 10] and len(result.timed) == 2
+        assert result.tokens_per_second() == 30 / sum(turn.seconds for turn in result.turns[1:])
+    pairs = zip(results["a"].timed, results["b"].timed, strict=True)
+    assert results["a"].ratios(results["b"]) == [b.seconds / a.seconds for a, b in pairs]
+
+
+def test_a_contestant_that_fails_says_why(benchmarks, tmp_path):
+    import baton
+
+    log = str(tmp_path / "log")
+    with pytest.raises(SystemExit, match=r"b failed:\n(.|\n)*RuntimeError: b is out of breath"):
+        baton.race({"a": (contend, "a", 4, log), "b": (contend, "b", 4, log, 3)}, turn=2)
+
+
+def test_an_unequal_contest_is_refused(benchmarks):
+    import finetune_sst2
+    from baton import Result, Turn
+
+    job = finetune_sst2.Job(Path("model"), Path("data"), "lora", seed=3)
+
+    def result(losses=(0.7, 0.6), tokens=10, **values):
+        turns = [Turn(1.0, tokens, list(losses), 0.0), Turn(2.0, tokens, [0.0, 0.0], 0.0)]
+        return Result(turns, {"trained": 4, "decayed": 2, "data": "abc"} | values)
+
+    finetune_sst2.check(job, {"ours": result(), "theirs": result((0.70009, 0.6009))})
+    for other, message in [
+        (result((0.70011, 0.6)), r"lora, seed 3: ours and theirs have losses 0\.7 and 0\.70011 at step 0"),
+        (result((0.7, 0.6011)), r"losses 0\.6 and 0\.6011 at step 1"),
+        (result((float("nan"), 0.6)), "losses 0.7 and nan at step 0"),
+        (result(data="abd"), "differ in 'data': abc and abd"),
+        (result(trained=5), "differ in 'trained': 4 and 5"),
+        (result(decayed=3), "differ in 'decayed': 2 and 3"),
+    ]:
+        with pytest.raises(SystemExit, match=message):
+            finetune_sst2.check(job, {"ours": result(), "theirs": other})
+    with pytest.raises(SystemExit, match="different tokens"):
+        result().ratios(result(tokens=11))
+
+
+@pytest.fixture(scope="module")
+def sentiment(tmp_path_factory) -> tuple[str, str]:
+    """A tiny random BERT with a WordPiece vocabulary, and sentences of a few words."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    model, data = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("data")
+    words = ["good", "bad", "film", "plot", "a", "the", "and", "very"]
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    (model / "vocab.txt").write_text("\n".join(tokens))
+    sizes = dict(num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=64)
+    BertModel(BertConfig(vocab_size=len(tokens), max_position_embeddings=80, **sizes)).save_pretrained(model)
+    BertTokenizerFast.from_pretrained(model).save_pretrained(model)
+    order = random.Random(0)
+    for name, count in (("train.tsv", 170), ("dev.tsv", 40)):
+        texts = [" ".join(order.choices(words, k=order.randint(1, 20))) for _ in range(count)]
+        lines = [f"{text}\t{int('good' in text.split())}" for text in texts]
+        (data / name).write_text("\n".join(["sentence\tlabel", *lines]))
+    return str(model), str(data)
+
+
+OURS, THEIRS = "sat_lightning", "transformers + PEFT"
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [["lora", "adapters"], pytest.param(["full", "prefix", "prefix+lora"], marks=pytest.mark.slow)],
+    ids=lambda methods: ",".join(methods),
+)
+@pytest.mark.timeout(600)
+def test_finetune_sst2(methods, sentiment, tmp_path):
+    """The script itself refuses contestants whose losses differ, or what they train on."""
+    output = tmp_path / "table.md"
+    text = run("finetune_sst2.py", *sentiment, "--methods", *methods, "--threads", "1", "--output", str(output))
+    assert output.read_text().strip() == text.strip()
+    lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in text.splitlines() if line[:2] == "| "]
+    table = {(library, method): cells for library, method, *cells in lines[2:]}
+    paired = [method for method in methods if method in ("full", "lora", "prefix")]
+    assert set(table) == {(OURS, method) for method in methods} | {(THEIRS, method) for method in paired}
+    for (library, method), (trained, accuracy, seconds, speed, peak, ratio, memory) in table.items():
+        assert int(trained) > 0 and 0 <= float(accuracy.split()[0]) <= 100 and float(seconds.split()[0]) >= 0
+        assert float(speed) > 0 and float(peak) > 0
+        if method not in paired:
+            assert ratio == memory == "-"
+        elif library == THEIRS:
+            assert ratio == "1.00 [1.00..1.00]" and memory == "1.00"
+        else:
+            assert float(ratio.split()[0]) > 0 and float(memory) > 0
