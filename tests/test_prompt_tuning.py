@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sat_lightning import BaseModel, TransformerConfig
+from sat_lightning import BaseMixin, BaseModel, TransformerConfig, non_conflict
 from sat_lightning.errors import ConfigError, HookError, InputError
 from sat_lightning.mixins import CachedAutoregressiveMixin, PastKeyValuesMixin, PromptTuningMixin
 from tests.families import FAMILIES, ids
@@ -97,6 +97,24 @@ def test_heads_and_losses_see_the_words_alone():
     assert FAMILIES["vit"].run(image).shape == (2, 5)
     before = FAMILIES["vit"].run(FAMILIES["vit"].build().eval())
     assert not torch.allclose(FAMILIES["vit"].run(image), before)
+
+
+class BlindMixin(BaseMixin):
+    """Hides the prompt from all."""
+
+    @non_conflict
+    def attention_fn(self, query, key, value, *args, old_impl, **kw):
+        return old_impl(query, key[:, :, N:], value[:, :, N:], *args, **kw)
+
+
+@pytest.mark.parametrize("family", ["vit", "yolos", "yolos-mid", "eva2"])
+def test_patches_stay_in_their_places_behind_a_prompt(family):
+    """Tables that are added and angles by row and column: whoever does not see the prompt finds the image as it was."""
+    expected = FAMILIES[family].run(FAMILIES[family].build().eval())
+    model = with_prompt(family)
+    assert not torch.allclose(FAMILIES[family].run(model), expected)
+    model.add_mixin("blind", BlindMixin())
+    assert_close(FAMILIES[family].run(model), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_an_encoder_may_hand_its_prompt_to_the_decoder():

@@ -91,7 +91,7 @@ class PatchRotaryMixin(BaseMixin):
 
     def __init__(self, config: ImageConfig) -> None:
         super().__init__()
-        self.lengths = [config.pre_len, config.num_patches, config.post_len]
+        self.lengths = [config.num_patches, config.post_len]
         self.rope = _Rope(config.grid, config.head_size)
 
     def query_key_forward(self, query: Tensor, key: Tensor, **kw: Any) -> tuple[Tensor, Tensor]:
@@ -99,7 +99,8 @@ class PatchRotaryMixin(BaseMixin):
         return self._turn(query), self._turn(key)
 
     def _turn(self, x: Tensor) -> Tensor:
-        before, patches, after = x.split(self.lengths, dim=2)
+        # Counted from behind: a prompt may stand in front.
+        before, patches, after = x.split([x.shape[2] - sum(self.lengths), *self.lengths], dim=2)
         cos, sin = (table[:, ::2].to(x.dtype) for table in self.rope.buffers())
         return torch.cat([before, rotate(patches, cos, sin, interleaved=True), after], dim=2)
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sat_lightning.config import TransformerConfig
@@ -106,7 +107,11 @@ class MidPositionsMixin(BaseMixin):
     ) -> Tensor:
         """Run the layer, and add its table."""
         hidden_states = old_impl(hidden_states, *args, layer_id=layer_id, **kw)
-        return hidden_states + whole(self.tables[layer_id]) if layer_id < len(self.tables) else hidden_states
+        if layer_id == len(self.tables):
+            return hidden_states
+        table = whole(self.tables[layer_id])
+        num_in_front = hidden_states.shape[1] - table.shape[1]  # a prompt, which has no positions
+        return hidden_states + (F.pad(table, (0, 0, num_in_front, 0)) if num_in_front > 0 else table)
 
 
 @register_model
