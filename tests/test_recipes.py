@@ -31,6 +31,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 DATA = {
     "bert_sst2": ["--data.path", "table.tsv"],
     "bert_whole_words": ["--data.path", "table.tsv"],
+    "bert_words": ["--data.path", "words.jsonl"],
     "gpt2_instructions": ["--data.path", "rows.jsonl"],
     "t5_summaries": ["--data.path", "rows.jsonl"],
     "vit_digits": ["--data.path", "images", "--model.model.config.in_channels", "3"],
@@ -41,6 +42,8 @@ def write_labelled(folder: Path) -> None:
     """A table as `bert_sst2_*.yaml` takes it, rows of questions and of summaries, and a folder of images."""
     row = {"prompt": "What does add do?\n", "answer": "Add.\n", "text": "Add two numbers.", "summary": "Add."}
     (folder / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 400)
+    words = {"tokens": ["Ada", "calls", "from", "Oslo"], "tags": ["person", "other", "other", "place"]}
+    (folder / "words.jsonl").write_text(f"{json.dumps(words)}\n" * 80)
     (folder / "table.tsv").write_text("sentence\tlabel\n" + "a fine film\t1\na dull film\tnegative\n" * 40)
     for name in ("four", "two"):
         (folder / "images" / name).mkdir(parents=True)

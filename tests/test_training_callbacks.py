@@ -19,6 +19,7 @@ from sat_lightning.training import CurvePlotter, RunMonitor, SampleText, Trainin
 from sat_lightning.training.callbacks import sample as sample_module
 from sat_lightning.training.callbacks.curves import _distinct, draw_curves, find_columns, read_curves
 from sat_lightning.training.runs import write_whole
+from sat_lightning.training.throughput import shape_of_ids
 from tests.training_examples import CountingData, counting_loader, make_model, make_task, make_trainer
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -235,13 +236,21 @@ def test_throughput_monitor_counts_tokens_and_flops(tmp_path) -> None:
     [
         ({"input_ids": torch.zeros(3, 5, dtype=torch.long), "other": torch.zeros(9, 9)}, 3, 15),
         ([torch.zeros(4, 7, dtype=torch.long), torch.zeros(4)], 4, 28),
+        ({"input_ids": torch.zeros(2, 4, 5, dtype=torch.long)}, 2, 40),
         ({"images": torch.zeros(2, 3, 8, 8)}, 2, 2),
+        ({"images": torch.zeros(2, 3, 8, 8, dtype=torch.uint8)}, 2, 2),
         (torch.zeros(6, 10), 6, 6),
         ("text", 1, 1),
     ],
 )
 def test_counts_of_any_batch(batch: Any, num_rows: int, num_tokens: int) -> None:
     assert (count_rows(batch), count_tokens(batch)) == (num_rows, num_tokens)
+
+
+def test_each_choice_of_a_row_is_a_row_of_the_model() -> None:
+    """Its operations are those of short texts, not of one long one."""
+    assert shape_of_ids({"input_ids": torch.zeros(2, 4, 5, dtype=torch.long)}) == (8, 5)
+    assert shape_of_ids({"input_ids": torch.zeros(2, 5, dtype=torch.long)}) == (2, 5)
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

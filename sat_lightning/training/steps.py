@@ -10,7 +10,7 @@ from torch import Tensor
 from sat_lightning.data import IGNORED_TARGET
 from sat_lightning.training.averages import WeightedMeans
 from sat_lightning.training.runs import is_logging_step
-from sat_lightning.training.throughput import count_rows, count_tokens
+from sat_lightning.training.throughput import count_rows, shape_of_ids
 
 Step = Tensor | tuple[Tensor, dict[str, Tensor]]
 
@@ -131,8 +131,7 @@ class StepModule(L.LightningModule):
         self._train_means = WeightedMeans.union(parts)
 
     def _run(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ANN401
-        num_rows = count_rows(batch)
-        self._batch_shape = (num_rows, count_tokens(batch) // max(1, num_rows))
+        self._batch_shape = shape_of_ids(batch)
         step = self.forward_step(batch)
         loss, metrics = step if isinstance(step, tuple) else (step, {})
         return loss, {"loss": loss.detach()} | {name: torch.as_tensor(value) for name, value in metrics.items()}

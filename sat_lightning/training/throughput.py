@@ -4,6 +4,7 @@ In YAML: `{class_path: ThroughputMonitor, init_args: {batch_size_fn: sat_lightni
 length_fn: sat_lightning.training.count_tokens}}`; then `items_per_sec` are tokens per second.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,10 +27,22 @@ def count_tokens(batch: Any) -> int:  # noqa: ANN401
     Args:
         batch: as for `count_rows`; of a mapping `input_ids` counts. What is no `[b, s]` of ids counts its rows.
     """
+    return math.prod(shape_of_ids(batch))
+
+
+def shape_of_ids(batch: Any) -> tuple[int, int]:  # noqa: ANN401
+    """Return how many rows go through the model, and how many tokens each has.
+
+    Args:
+        batch: as for `count_tokens`; of `input_ids` with more axes, choices of a row, each is a row.
+    """
     tensor = _find_tensor(batch)
-    if tensor is None or tensor.dim() != 2 or tensor.is_floating_point():
-        return count_rows(batch)
-    return tensor.numel()
+    if tensor is None or tensor.is_floating_point():
+        return count_rows(batch), 1
+    is_named = isinstance(batch, Mapping) and "input_ids" in batch
+    if tensor.dim() != 2 and not (is_named and tensor.dim() > 2):
+        return count_rows(batch), 1
+    return math.prod(tensor.shape[:-1]), tensor.shape[-1]
 
 
 def _find_tensor(batch: Any) -> Tensor | None:  # noqa: ANN401
