@@ -22,6 +22,7 @@ from sentiment import (
     EPSILON,
     MAX_LENGTH,
     METHODS,
+    MULTIPLE_OF,
     PREFIX_LENGTH,
     RANK,
     WEIGHT_DECAY,
@@ -34,8 +35,7 @@ from sentiment import (
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from sat_lightning.data import get_tokenizer
-from sat_lightning.data.collate import LabelCollate
+from sat_lightning.data import LabelCollate, UnpadCollate, get_tokenizer
 from sat_lightning.data.framing import Frame
 from sat_lightning.mixins import AdapterMixin, LoraMixin, MLPHeadMixin, PrefixTuningMixin
 from sat_lightning.models import BertModel
@@ -97,13 +97,13 @@ def sample(row: Row) -> dict[str, Tensor]:
     return {"input_ids": torch.tensor(ids), "token_mask": token_mask, "target_ids": torch.tensor(label)}
 
 
-def train(baton: Baton, job: Job, collate: dict[str, Any]) -> dict[str, Any]:
+def train(baton: Baton, job: Job, unpads: bool) -> dict[str, Any]:
     """Train one model, and see what it has learned.
 
     Args:
         baton: of this process.
         job: what to train.
-        collate: arguments of `LabelCollate`.
+        unpads: whether padding is left out of the layers.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     if job.threads:
@@ -111,7 +111,8 @@ def train(baton: Baton, job: Job, collate: dict[str, Any]) -> dict[str, Any]:
     L.seed_everything(job.seed, verbose=False)
     frame = Frame(get_tokenizer(job.model), MAX_LENGTH, truncate=True)
     sentences = Sentences(job, lambda text: frame([text])[0].tolist())
-    options: dict[str, Any] = {"batch_size": BATCH_SIZE, "collate_fn": LabelCollate(**collate)}
+    collate = LabelCollate(multiple_of=MULTIPLE_OF)
+    options: dict[str, Any] = {"batch_size": BATCH_SIZE, "collate_fn": UnpadCollate(collate) if unpads else collate}
     task = SequenceClassificationTask(
         model=lambda: body(job.model),
         mixins=mixins(job.method),

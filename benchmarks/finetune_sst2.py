@@ -21,10 +21,10 @@ from typing import Any
 import timing
 import torch
 from baton import Baton, Result, race
-from sentiment import BATCH_SIZE, METHODS, MULTIPLE_OF, Job
+from sentiment import BATCH_SIZE, METHODS, Job
 
-#: What contestants of ours are called, and the arguments of `LabelCollate` that make their batches.
-OURS: dict[str, dict[str, Any]] = {"sat_lightning": {"multiple_of": MULTIPLE_OF}}
+#: What contestants of ours are called, and whether they leave padding out of the layers (`unpad: true` in YAML).
+OURS = {"sat_lightning, unpad": True, "sat_lightning": False}
 THEIRS = "transformers + PEFT"
 #: PEFT has no bottleneck adapters and refuses prefix-tuning together with LoRA.
 PAIRED = ("full", "lora", "prefix")
@@ -34,16 +34,16 @@ TOLERANCE, TOLERANCE_OF_TURN = 1e-4, 1e-3
 
 def contestants(job: Job) -> dict[str, tuple[Any, ...]]:
     """Return who takes turns."""
-    ours = {name: (train_ours, job, collate) for name, collate in OURS.items()}
+    ours = {name: (train_ours, job, unpads) for name, unpads in OURS.items()}
     if job.method not in PAIRED:
         return dict([next(iter(ours.items()))])
     return ours | {THEIRS: (train_theirs, job)}
 
 
-def train_ours(baton: Baton, job: Job, collate: dict[str, Any]) -> dict[str, Any]:
+def train_ours(baton: Baton, job: Job, unpads: bool) -> dict[str, Any]:
     import finetune_ours
 
-    return finetune_ours.train(baton, job, collate)
+    return finetune_ours.train(baton, job, unpads)
 
 
 def train_theirs(baton: Baton, job: Job) -> dict[str, Any]:

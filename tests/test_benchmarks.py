@@ -233,7 +233,7 @@ def sentiment(tmp_path_factory) -> tuple[str, str]:
     return str(model), str(data)
 
 
-OURS, THEIRS = "sat_lightning", "transformers + PEFT"
+UNPAD, OURS, THEIRS = "sat_lightning, unpad", "sat_lightning", "transformers + PEFT"
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,9 @@ def test_finetune_sst2(methods, sentiment, tmp_path):
     lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in text.splitlines() if line[:2] == "| "]
     table = {(library, method): cells for library, method, *cells in lines[2:]}
     paired = [method for method in methods if method in ("full", "lora", "prefix")]
-    assert set(table) == {(OURS, method) for method in methods} | {(THEIRS, method) for method in paired}
+    assert set(table) == {(UNPAD, method) for method in methods} | {
+        (library, method) for method in paired for library in (OURS, THEIRS)
+    }
     for (library, method), (trained, accuracy, seconds, speed, peak, ratio, memory) in table.items():
         assert int(trained) > 0 and 0 <= float(accuracy.split()[0]) <= 100 and float(seconds.split()[0]) >= 0
         assert float(speed) > 0 and float(peak) > 0
