@@ -137,7 +137,12 @@ class Baton:
 
 
 def race(
-    contestants: dict[str, tuple[Any, ...]], turn: int, *, device: str = "cpu", own_time: bool = False
+    contestants: dict[str, tuple[Any, ...]],
+    turn: int,
+    *,
+    device: str = "cpu",
+    own_time: bool = False,
+    inspect: Callable[[dict[str, Result]], None] = lambda results: None,
 ) -> dict[str, Result]:
     """Let contestants train, one at a time, turn by turn; who begins a round changes with the rounds.
 
@@ -147,6 +152,7 @@ def race(
         turn: steps until the baton passes on.
         device: see `Baton`.
         own_time: see `Baton`.
+        inspect: sees the first turn of all, and may raise rather than let an unequal race go on for hours.
 
     Returns:
         What each did.
@@ -178,11 +184,16 @@ def race(
 
         for name in contestants:
             receive(name)
-        _pass_round(ends, receive, results)
+        _pass_rounds(ends, receive, results, inspect)
     return results
 
 
-def _pass_round(ends: dict[str, Connection], receive: Callable[[str], Any], results: dict[str, Result]) -> None:
+def _pass_rounds(
+    ends: dict[str, Connection],
+    receive: Callable[[str], Any],
+    results: dict[str, Result],
+    inspect: Callable[[dict[str, Result]], None],
+) -> None:
     racing, number = list(ends), 0
     while racing:
         first = number % len(racing)
@@ -194,6 +205,8 @@ def _pass_round(ends: dict[str, Connection], receive: Callable[[str], Any], resu
             else:
                 results[name].values = message
                 racing.remove(name)
+        if number == 0:
+            inspect(results)
         number += 1
 
 

@@ -15,6 +15,7 @@ import argparse
 import statistics
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,22 @@ def train_theirs(baton: Baton, job: Job) -> dict[str, Any]:
     return finetune_theirs.train(baton, job)
 
 
-def check(job: Job, results: dict[str, Result]) -> None:
-    """Refuse a contest of unequal things: other batches, other parameters, other decay, other losses.
+def check_losses(job: Job, results: dict[str, Result]) -> None:
+    """Refuse a contest whose first turns have other losses: other weights, batches, rates or decay.
+
+    Raises:
+        SystemExit: says where.
+    """
+    (first, result), *others = results.items()
+    for name, other in others:
+        for step, (own, their) in enumerate(zip(result.turns[0].losses, other.turns[0].losses, strict=True)):
+            if not abs(own - their) <= (TOLERANCE_OF_TURN if step else TOLERANCE):
+                where = f"{job.method}, seed {job.seed}: {first} and {name}"
+                raise SystemExit(f"{where} have losses {own} and {their} at step {step}.")
+
+
+def check_facts(job: Job, results: dict[str, Result]) -> None:
+    """Refuse a contest of unequal things, and say how far the losses went apart.
 
     Raises:
         SystemExit: says which.
@@ -66,9 +81,6 @@ def check(job: Job, results: dict[str, Result]) -> None:
                 raise SystemExit(f"{where} differ in '{fact}': {result.values[fact]} and {other.values[fact]}.")
         apart = [abs(own - their) for own, their in zip(result.losses, other.losses, strict=True)]
         print(f"{where}: losses of the first step apart by {apart[0]:.1e}, of all by {max(apart):.1e}", file=sys.stderr)
-        for step in range(len(result.turns[0].losses)):
-            if not apart[step] <= (TOLERANCE_OF_TURN if step else TOLERANCE):
-                raise SystemExit(f"{where} have losses {result.losses[step]} and {other.losses[step]} at step {step}.")
 
 
 def row(library: str, method: str, runs: list[Result], peers: list[Result] | None) -> list[str]:
@@ -141,8 +153,9 @@ def main() -> None:
     for seed in arguments.seeds:
         for method in arguments.methods:
             job = replace(common, method=method, seed=seed)
-            found = race(contestants(job), arguments.turn, device=arguments.device, own_time=arguments.own_time)
-            check(job, found)
+            options: dict[str, Any] = {"device": arguments.device, "own_time": arguments.own_time}
+            found = race(contestants(job), arguments.turn, inspect=partial(check_losses, job), **options)
+            check_facts(job, found)
             for name, result in found.items():
                 results.setdefault((name, method), []).append(result)
                 accuracy, speed = 100 * result.values["accuracy"], result.tokens_per_second()

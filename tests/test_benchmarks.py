@@ -170,7 +170,13 @@ def test_one_contestant_computes_at_a_time(benchmarks, tmp_path):
     import baton
 
     log = tmp_path / "log"
-    results = baton.race({name: (contend, name, 5, str(log)) for name in "abc"}, turn=2)
+    seen = []
+    results = baton.race(
+        {name: (contend, name, 5, str(log)) for name in "abc"},
+        turn=2,
+        inspect=lambda results: seen.append([*log.read_text(), *map(len, (r.turns for r in results.values()))]),
+    )
+    assert seen == [[*"aabbcc", 1, 1, 1]]
     assert log.read_text() == "aabbcc" + "bbccaa" + "cab" + "ABC"  # a round begins with the next; the end is a turn too
     for name, result in results.items():
         assert result.values == {"name": name} and result.losses == [0, 1, 2, 3, 4]
@@ -198,7 +204,11 @@ def test_an_unequal_contest_is_refused(benchmarks):
         turns = [Turn(1.0, tokens, list(losses), 0.0), Turn(2.0, tokens, [0.0, 0.0], 0.0)]
         return Result(turns, {"trained": 4, "decayed": 2, "data": "abc"} | values)
 
-    finetune_sst2.check(job, {"ours": result(), "theirs": result((0.70009, 0.6009))})
+    def check(contest):
+        finetune_sst2.check_losses(job, contest)
+        finetune_sst2.check_facts(job, contest)
+
+    check({"ours": result(), "theirs": result((0.70009, 0.6009))})
     for other, message in [
         (result((0.70011, 0.6)), r"lora, seed 3: ours and theirs have losses 0\.7 and 0\.70011 at step 0"),
         (result((0.7, 0.6011)), r"losses 0\.6 and 0\.6011 at step 1"),
@@ -208,7 +218,7 @@ def test_an_unequal_contest_is_refused(benchmarks):
         (result(decayed=3), "differ in 'decayed': 2 and 3"),
     ]:
         with pytest.raises(SystemExit, match=message):
-            finetune_sst2.check(job, {"ours": result(), "theirs": other})
+            check({"ours": result(), "theirs": other})
     with pytest.raises(SystemExit, match="different tokens"):
         result().ratios(result(tokens=11))
 
