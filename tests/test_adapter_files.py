@@ -66,6 +66,39 @@ def test_settings_and_switches_come_back(tmp_path):
     assert torch.equal(logits(twin), logits(model))
 
 
+def test_folders_of_one_recipe_are_beside_each_other_by_other_names(tmp_path):
+    base, alone = FAMILIES["gpt2"].build().eval(), []
+    for seed in range(2):
+        model = FAMILIES["gpt2"].build()
+        model.add_mixin("lora", mixins.LoraMixin(model.config, rank=2))
+        model.add_mixin("lora_two", mixins.AdapterMixin(model.config, 3))
+        stir(model, ["lora", "lora_two"], seed=seed)
+        save_adapter(model, tmp_path / str(seed))
+        model.get_mixin("lora_two").disable()
+        alone.append(logits(model))
+    with pytest.raises(
+        CheckpointError, match=r"has no mixin 'lra', it has \['lora', 'lora_two'\].*Did you mean 'lora'"
+    ):
+        load_adapter(base, tmp_path / "0", names={"lra": "first"})
+    with pytest.raises(CheckpointError, match="names would call two mixins 'lora_two'"):
+        load_adapter(base, tmp_path / "0", names={"lora": "lora_two"})
+    assert list(base.mixins) == ["gpt2-final"]
+    for seed, name in enumerate(("first", "second")):
+        assert load_adapter(base, tmp_path / str(seed), names={"lora": name}) == [name, "lora_two"]
+    base.get_mixin("lora_two").disable()
+    with torch.no_grad():
+        found = base(ids(), adapter_ids=[0, 1])[0]
+    assert torch.equal(found, torch.stack([alone[0][0], alone[1][1]]))
+    part = FAMILIES["t5"].build()
+    part.add_mixin("decoder.lora", mixins.LoraMixin(part.decoder.config))
+    stir(part, ["decoder.lora"])
+    save_adapter(part, tmp_path / "part")
+    other = FAMILIES["t5"].build()
+    assert load_adapter(other, tmp_path / "part", names={"decoder.lora": "decoder.mine"}) == ["decoder.mine"]
+    found = [FAMILIES["t5"].run(model.eval()) for model in (part, other)]
+    assert torch.equal(*found)
+
+
 def test_one_of_several_is_saved_by_name_and_the_others_are_no_part_of_the_base(tmp_path):
     model, _ = build("gpt2", "prefix")
     METHODS["adapter"].add(model, "second")

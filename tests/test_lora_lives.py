@@ -9,7 +9,8 @@ from torch.testing import assert_close
 from sat_lightning import AutoModel
 from sat_lightning.checkpoint import load_adapter, save_adapter
 from sat_lightning.errors import CheckpointError, ConfigError, HookError, InputError
-from sat_lightning.mixins import IA3Mixin, LoraMixin
+from sat_lightning.mixins import DoraMixin, IA3Mixin, LoraMixin
+from tests.families import FAMILIES
 from tests.test_lora import gpt2, randomise, run
 
 
@@ -108,3 +109,20 @@ def test_no_target_is_refused():
     model = gpt2()
     with pytest.raises(ConfigError, match=r"target is empty: name at least one linear"):
         model.add_mixin("lora", LoraMixin(model.config, target=[]))
+
+
+@pytest.mark.parametrize("make", [LoraMixin, DoraMixin, IA3Mixin])
+def test_samples_are_told_apart_where_padding_is_left_out(make):
+    model = FAMILIES["bert"].build().eval()
+    model.add_mixin("one", make(model.config, target="layers"))
+    randomise(model.get_mixin("one"))
+    mask = torch.ones(3, 8, dtype=torch.bool)
+    mask[0, 5:], mask[2, 2:] = False, False
+    call = {"attention_mask": mask[:, None, None], "adapter_ids": torch.tensor([0, -1, 0])}
+    ids = torch.arange(24).view(3, 8)
+    whole = model(ids, **call)[0]
+    found = model(ids, **call, token_indices=mask.flatten().nonzero()[:, 0])[0]
+    assert_close(found[mask], whole[mask], atol=1e-5, rtol=1e-5)
+    assert (model(ids, attention_mask=call["attention_mask"])[0] - whole)[1].abs().max() > 1e-3
+    with pytest.raises(InputError, match="one number for each of the 3 samples"):
+        model(ids, **(call | {"adapter_ids": [0]}), token_indices=mask.flatten().nonzero()[:, 0])

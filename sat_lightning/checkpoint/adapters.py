@@ -65,12 +65,20 @@ def save_adapter(model: AnyModel, folder: str | os.PathLike[str], name: str | Se
     write_json(folder / CONFIG_NAME, values)
 
 
-def load_adapter(model: AnyModel, folder: str | os.PathLike[str], *, checks_base: bool = True) -> list[str]:
+def load_adapter(
+    model: AnyModel,
+    folder: str | os.PathLike[str],
+    *,
+    names: Mapping[str, str] | None = None,
+    checks_base: bool = True,
+) -> list[str]:
     """Add the mixins of a folder to a model, or fill those that it has under these names, and load their weights.
 
     Args:
         model: the base, with or without the mixins; unchanged if this fails.
         folder: written by `save_adapter`.
+        names: other names for mixins of the folder, as `{"lora": "french"}`: so that several folders of one recipe are
+            beside each other in a model. Default: as they were saved.
         checks_base: whether another base is an error. Off, a base in another precision will do.
 
     Returns:
@@ -80,7 +88,7 @@ def load_adapter(model: AnyModel, folder: str | os.PathLike[str], *, checks_base
         CheckpointError: if it cannot be read, was trained on another base, or does not fit the model.
         HookError: if another mixin holds a seam that one of these takes.
     """
-    values, file = _read(Path(folder))
+    values, file = _rename(*_read(Path(folder)), names or {}, folder)
     device = next(model.parameters()).device
     added: list[str] = []
     before = [(parent, dict(parent._modules)) for parent in model.modules()]
@@ -183,11 +191,33 @@ def _read(folder: Path) -> tuple[dict[str, Any], SafetensorsFile]:
     return values, SafetensorsFile(folder / WEIGHTS_NAME)
 
 
+def _rename(
+    values: dict[str, Any], file: SafetensorsFile, names: Mapping[str, str], folder: str | os.PathLike[str]
+) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+    """Return what a folder holds, with its mixins under other names."""
+    saved = [entry["name"] for entry in values["mixins"]]
+    if unknown := [name for name in names if name not in saved]:
+        raise CheckpointError(f"{folder} has no mixin '{unknown[0]}', it has {saved}.{nearest(unknown[0], saved)}")
+    chosen = [names.get(name, name) for name in saved]
+    if twice := [name for name in chosen if chosen.count(name) > 1]:
+        raise CheckpointError(f"{folder}: names would call two mixins '{twice[0]}'. Give each a name of its own.")
+    tensors = {}
+    for key in file.keys():
+        old = next((name for name in saved if key.startswith(_prefix(name))), None)
+        renamed = key if old is None else _prefix(names.get(old, old)) + key.removeprefix(_prefix(old))
+        tensors[renamed] = file[key]
+    mixins = [entry | {"name": name} for entry, name in zip(values["mixins"], chosen, strict=True)]
+    return values | {"mixins": mixins}, tensors
+
+
 def _refuse_other_kind(
     mixin: BaseMixin, entry: Mapping[str, Any], config: TransformerConfig, folder: str | os.PathLike[str]
 ) -> None:
     """Refuse to fill a mixin of another class, or of settings by which the same weights do something else."""
-    cure = f"Remove it with del_mixin('{entry['name']}') first, and the file builds its own."
+    cure = (
+        f"Remove it with del_mixin('{entry['name']}') first, and the file builds its own; or give the file's another "
+        f"name: names={{'{entry['name']}': ...}}."
+    )
     own = record_mixin(entry["name"], mixin, config)
     if own["class_path"] != entry["class_path"]:
         raise CheckpointError(
@@ -215,7 +245,7 @@ def _settings(mixin: BaseMixin, entry: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(found | given, default=str))
 
 
-def _refuse_misfit(targets: Mapping[str, Tensor], file: SafetensorsFile, folder: str | os.PathLike[str]) -> None:
+def _refuse_misfit(targets: Mapping[str, Tensor], file: Mapping[str, Tensor], folder: str | os.PathLike[str]) -> None:
     missing, unexpected = sorted(targets.keys() - file.keys()), sorted(file.keys() - targets.keys())
     if missing or unexpected:
         raise CheckpointError(

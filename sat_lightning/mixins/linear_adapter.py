@@ -58,26 +58,41 @@ def whole(*parameters: Any) -> Iterator[None]:  # noqa: ANN401
             parameter.partition(has_been_updated=True)
 
 
-def rows_of(adapter_ids: Tensor | Sequence[int] | None, own: int, adapter: Adapter, x: Tensor) -> Tensor | None:
+def rows_of(kw: Mapping[str, Any], own: int, adapter: Adapter, x: Tensor) -> Tensor | None:
     """Return 1 for the samples of a batch that an adapter is for, 0 for others, to be multiplied with `x`-like tensors.
+
+    Args:
+        kw: keywords of the hook; `adapter_ids` `[b]` may be among them, a tensor or numbers.
+        own: number of the adapter.
+        adapter: of a linear.
+        x: what it reads.
+
+    Returns:
+        As many axes as `x`; None where samples are not told apart.
 
     Raises:
         ConfigError: where samples cannot be told apart.
         InputError: if they are not as many as the numbers.
     """
-    if adapter_ids is None:
+    if kw.get("adapter_ids") is None:
         return None
-    adapter_ids = torch.as_tensor(adapter_ids, device=x.device)
+    adapter_ids = torch.as_tensor(kw["adapter_ids"], device=x.device)
     if x.dim() < 3:
         raise ConfigError(
             f"adapter_ids tells samples apart, and {adapter.place_name} reads {list(x.shape)}, without an axis of "
             "samples (tokens of an expert have none). Leave such linears out of target."
         )
-    if adapter_ids.shape != x.shape[:1]:
+    unpadding, num_rows = kw.get("unpadding"), x.shape[0]
+    is_unpadded = unpadding is not None and x.shape[:2] == (1, len(unpadding.token_indices))
+    if is_unpadded:
+        num_rows = unpadding.batch_size
+    if adapter_ids.shape != (num_rows,):
         raise InputError(
             f"adapter_ids has the shape {list(adapter_ids.shape)}, and {adapter.place_name} reads {list(x.shape)}: "
-            f"give one number for each of the {x.shape[0]} samples."
+            f"give one number for each of the {num_rows} samples."
         )
+    if is_unpadded:
+        return (adapter_ids[unpadding.token_indices // unpadding.length] == own)[None, :, None]
     return (adapter_ids == own).view(-1, *[1] * (x.dim() - 1))
 
 
