@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sat_lightning import mixins
-from sat_lightning.checkpoint import load_adapter, save_adapter
+from sat_lightning import AutoModel, mixins
+from sat_lightning.checkpoint import load_adapter, load_peft, save_adapter
 from sat_lightning.errors import CheckpointError, HookConflictError
 from tests.families import FAMILIES, ids
 from tests.methods import METHODS, build, stir
@@ -223,3 +223,18 @@ def test_settings_by_which_the_same_weights_do_something_else_are_refused(tmp_pa
     other.add_mixin("dora", mixins.DoraMixin(other.config, alpha=4.0))
     with pytest.raises(CheckpointError, match=r"'dora' was saved with scale=0\.5, the model's has 1\.0"):
         load_adapter(other, tmp_path)
+
+
+def test_a_folder_of_the_other_kind_names_the_call_that_reads_it(saved, tmp_path_factory):
+    model, folder = saved
+    theirs = tmp_path_factory.mktemp("theirs")
+    (theirs / "adapter_config.json").write_text("{}")
+    (theirs / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"is an adapter\. .*then call load_adapter\(model, folder\).* merge`"):
+        AutoModel.from_pretrained(folder)
+    with pytest.raises(CheckpointError, match=r"is an adapter\. .*then call load_peft\(model, folder\)"):
+        AutoModel.from_pretrained(theirs)
+    with pytest.raises(CheckpointError, match=r"It is an adapter of PEFT's: call load_peft\."):
+        load_adapter(model, theirs)
+    with pytest.raises(CheckpointError, match=r"has no adapter_config.json\. It is one of ours: call load_adapter\."):
+        load_peft(model, folder)

@@ -181,7 +181,9 @@ def _dtype_of_base(model: AnyModel, own: Mapping[str, Tensor]) -> str | None:
 def _read(folder: Path) -> tuple[dict[str, Any], SafetensorsFile]:
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name}: there is no such file.{found_beside(folder / name)}")
+            is_peft = (folder / "adapter_config.json").is_file()
+            hint = " It is an adapter of PEFT's: call load_peft." if is_peft else found_beside(folder / name)
+            raise CheckpointError(f"{folder / name}: there is no such file.{hint}")
     values = read_json(folder / CONFIG_NAME)
     if values.get("format_version") != _VERSION:
         raise CheckpointError(

@@ -65,6 +65,12 @@ def find_format(path: Path) -> Format:
         return "sat"
     if has_weights:
         return "native"
+    if kinds := [one for one in ("adapter.json", "adapter_config.json") if (path / one).is_file()]:
+        call = "load_adapter" if kinds[0] == "adapter.json" else "load_peft"
+        raise CheckpointError(
+            f"{path} is an adapter. Load the model that it was trained on, then call {call}(model, folder), or make a "
+            "plain model of both by `sat-lightning merge`."
+        )
     inside = sorted(config.parent.name for name in (CONFIG_NAME, "config.json") for config in path.glob(f"*/{name}"))
     hint = f" Folders in it that are: {some(inside)}." if inside else found_beside(path / CONFIG_NAME)
     raise CheckpointError(

@@ -146,7 +146,9 @@ def _open(folder: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
     """Return the configuration and the tensors of an adapter that can be read."""
     for needed in (CONFIG_NAME, WEIGHTS_NAME):
         if not (folder / needed).is_file():
-            raise CheckpointError(f"this is no PEFT adapter: it has no {needed}.{found_beside(folder / needed)}")
+            is_ours = (folder / "adapter.json").is_file()
+            hint = " It is one of ours: call load_adapter." if is_ours else found_beside(folder / needed)
+            raise CheckpointError(f"this is no PEFT adapter: it has no {needed}.{hint}")
     values = read_json(folder / CONFIG_NAME)
     if (kind := values.get("peft_type")) not in ("LORA", "IA3", *PROMPTS):
         raise CheckpointError(f"peft_type is {kind!r}, readable are LORA (with DoRA), IA3, {', '.join(PROMPTS)}.")
