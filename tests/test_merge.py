@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from sat_lightning import AutoModel
-from sat_lightning.checkpoint import save_peft
+from sat_lightning.checkpoint import save_huggingface, save_peft
 from sat_lightning.checkpoint.adapters import save_adapter
 from sat_lightning.checkpoint.merge import merge_adapters
 from sat_lightning.cli import main
@@ -194,3 +194,20 @@ def test_the_verb_finds_a_half_precision_base_that_was_trained_in_full(tmp_path)
     words = ["merge", "--ckpt", str(tmp_path / "tuned"), "--base", str(tmp_path / "base")]
     main([*words, "--output", str(tmp_path / "plain")])
     assert_close(run("gpt2", AutoModel.from_pretrained(tmp_path / "plain")), run("gpt2", base), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [LoraMixin, PrefixTuningMixin])
+def test_a_folder_for_hugging_face_loses_no_method(make, tmp_path):
+    model = gpt2()
+    model.add_mixin("tuned", make(model.config))
+    with pytest.raises(
+        CheckpointError, match=r"^tuned: of fine-tuning, .*merge_adapters\(model\) or `sat-lightning merge"
+    ):
+        save_huggingface(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+    if make is LoraMixin:
+        model.get_mixin("tuned").merge()
+        with pytest.raises(CheckpointError, match=r"is merged: .* del_mixin for a plain model"):
+            save_huggingface(model, tmp_path)
+    model.del_mixin("tuned")
+    save_huggingface(model, tmp_path)

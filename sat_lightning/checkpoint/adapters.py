@@ -66,19 +66,14 @@ def save_adapter(model: AnyModel, folder: str | os.PathLike[str], name: str | Se
 
 
 def load_adapter(
-    model: AnyModel,
-    folder: str | os.PathLike[str],
-    *,
-    names: Mapping[str, str] | None = None,
-    checks_base: bool = True,
+    model: AnyModel, folder: str | os.PathLike[str], *, names: Mapping[str, str] | None = None, checks_base: bool = True
 ) -> list[str]:
     """Add the mixins of a folder to a model, or fill those that it has under these names, and load their weights.
 
     Args:
         model: the base, with or without the mixins; unchanged if this fails.
         folder: written by `save_adapter`.
-        names: other names for mixins of the folder, as `{"lora": "french"}`: so that several folders of one recipe are
-            beside each other in a model. Default: as they were saved.
+        names: other names for mixins of the folder, `{"lora": "french"}`, so that folders of one recipe live together.
         checks_base: whether another base is an error. Off, a base in another precision will do.
 
     Returns:
@@ -111,9 +106,10 @@ def load_adapter(
         for parent, children in before:  # linears that a mixin has put into 4 bits
             parent._modules.update({name: child for name, child in children.items() if name in parent._modules})
         raise
+    beginnings = tuple(map(_prefix, added))
     with torch.no_grad():
         for key, target in targets.items():
-            if key.startswith(tuple(map(_prefix, added))) and not is_split(target):
+            if key.startswith(beginnings) and not is_split(target):
                 target.data = file[key].to(device, copy=True)  # in the precision of the file
             else:
                 copy_into(target, file[key])

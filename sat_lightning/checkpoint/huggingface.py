@@ -11,10 +11,11 @@ from torch import Tensor
 
 from sat_lightning.checkpoint.files import MAX_SHARD_SIZE, found_beside, open_weights, write_json, write_weights
 from sat_lightning.checkpoint.keymap import plan_export
-from sat_lightning.checkpoint.native import refuse_quantized
+from sat_lightning.checkpoint.native import all_mixins, refuse_quantized
+from sat_lightning.checkpoint.report import some
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import CheckpointError, nearest
-from sat_lightning.model import registered_models
+from sat_lightning.model import BaseMixin, registered_models
 from sat_lightning.model.keymap import KeyMap
 from sat_lightning.model.registry import AnyModel
 from sat_lightning.models import import_families
@@ -123,7 +124,22 @@ def save_huggingface(
         CheckpointError: if the family has no such map, or a tensor (an added mixin's, say) has no place in it.
     """
     refuse_quantized(model)
+    _refuse_methods(model)
     write_huggingface(model.state_dict(), model.config, type(model), Path(folder), model_type, max_shard_size)
+
+
+def _refuse_methods(model: AnyModel) -> None:
+    """Refuse what would be lost: a method of fine-tuning that is not in the weights."""
+    methods = [(name, mixin) for name, mixin in all_mixins(model) if mixin.freezes_base]
+    if names := [name for name, one in methods if any(True for _ in one.parameters()) and not _is_merged(one)]:
+        raise CheckpointError(
+            f"{some(names)}: of fine-tuning, for which a Hugging Face model has no place. Put it into the weights by "
+            "merge_adapters(model) or `sat-lightning merge --to hf`; or write it beside by save_peft, and remove it."
+        )
+
+
+def _is_merged(mixin: BaseMixin) -> bool:
+    return getattr(mixin, "is_merged", False)  # which says itself what to do
 
 
 def write_huggingface(
