@@ -45,3 +45,16 @@ def test_a_recipe_adds_removes_and_freezes(folder):
             str(run / "checkpoints" / "epoch=0-step=2.ckpt"),
         ]
     )
+
+
+def test_a_run_is_read_by_its_folder_and_a_recipes_bar_may_be_left_out(folder, capsys):
+    no_bar = ["--trainer.callbacks+=TrainingProgressBar", "--trainer.enable_progress_bar", "false"]
+    main(["fit", "--config", "tiny.yaml", *no_bar])
+    run = folder / "runs" / "tiny" / "version_0"
+    assert "TrainingProgressBar" not in (run / "config.yaml").read_text()
+    capsys.readouterr()
+    main(["validate", "--config", str(run / "config.yaml"), "--ckpt_path", str(run)])
+    assert "val_loss" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(run / "config.yaml"), "--ckpt_path", str(run)])
+    assert "--ckpt_path names one checkpoint, and " in (said := capsys.readouterr().err) and "--resume" in said

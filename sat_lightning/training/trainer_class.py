@@ -1,20 +1,23 @@
 """The class of the training verbs: Lightning's CLI, with errors of one line, resuming, and weights to begin with."""
 
+import importlib
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.callbacks import BasePredictionWriter, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_warn
 
 from sat_lightning.errors import SatError, UsageError
 from sat_lightning.training.callbacks.predictions import PredictionWriter
+from sat_lightning.training.checkpoints import CONFIG_NAME, find_resume_checkpoint
 from sat_lightning.training.initialise import init_from
 from sat_lightning.training.module import SATLightningModule
 from sat_lightning.training.refusals import explain_refusal
@@ -59,6 +62,11 @@ class TrainerCLI(LightningCLI):
         """Resume and begin with weights behind the back of the configuration, which is saved as a recipe."""
         arguments = super()._prepare_subcommand_kwargs(subcommand)
         config = self.config[subcommand]
+        run = arguments.get("ckpt_path")
+        if run and (Path(run) / CONFIG_NAME).is_file():
+            if subcommand == "fit":
+                raise UsageError(f"--ckpt_path names one checkpoint, and {run} is a run. Go on with it by --resume.")
+            arguments["ckpt_path"] = str(find_resume_checkpoint(run))
         if self.plan is not None:
             said = yaml.safe_load(self._parser(subcommand).dump(config, skip_none=False))
             begin_resume(self.plan, self.trainer, said)
@@ -80,7 +88,10 @@ class TrainerCLI(LightningCLI):
         """Leave the configuration as it was given: Lightning would let the checkpoint's overrule it unseen."""
 
     def before_instantiate_classes(self) -> None:
-        """Have checkpoints read safely."""
+        """Have checkpoints read safely, and leave a recipe's bar out where none is wanted."""
+        settings = self.config[self.subcommand]["trainer"]
+        if settings.get("enable_progress_bar") is False and isinstance(settings.get("callbacks"), list):
+            settings["callbacks"] = [each for each in settings["callbacks"] if not _is_bar(each)]
         # A checkpoint is data; Lightning's default would run what a pickle says.
         if self.config[self.subcommand].get("weights_only") is None:
             self.config[self.subcommand]["weights_only"] = True
@@ -106,6 +117,14 @@ class TrainerCLI(LightningCLI):
             if refusal is None:
                 raise
             raise refusal from None
+
+
+def _is_bar(callback: Any) -> bool:  # noqa: ANN401 - of jsonargparse
+    """Tell whether an entry of `callbacks` is a progress bar."""
+    path = callback.get("class_path", "") if hasattr(callback, "get") else ""
+    module, _, name = path.rpartition(".")
+    kind = getattr(importlib.import_module(module), name, None) if module else None
+    return isinstance(kind, type) and issubclass(kind, ProgressBar)
 
 
 @contextmanager
