@@ -87,7 +87,7 @@ def test_folders_of_one_recipe_are_beside_each_other_by_other_names(tmp_path):
         assert load_adapter(base, tmp_path / str(seed), names={"lora": name}) == [name, "lora_two"]
     base.get_mixin("lora_two").disable()
     with torch.no_grad():
-        found = base(ids(), adapter_ids=[0, 1])[0]
+        found = base(ids(), adapter_ids=[base.get_mixin(name).adapter_id for name in ("first", "second")])[0]
     assert torch.equal(found, torch.stack([alone[0][0], alone[1][1]]))
     part = FAMILIES["t5"].build()
     part.add_mixin("decoder.lora", mixins.LoraMixin(part.decoder.config))

@@ -9,9 +9,9 @@ import torch
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
-from sat_lightning import BaseMixin, mixins, non_conflict
+from sat_lightning import BaseMixin, non_conflict
 from sat_lightning.data import LabelCollate, PadCollate, PairCollate, SampleOptions, UnpadCollate
-from sat_lightning.errors import ConfigError, DataError, InputError
+from sat_lightning.errors import DataError, InputError
 from sat_lightning.training import SATDataModule
 from sat_lightning.training.dataoptions import DataOptions
 from tests import methods
@@ -209,13 +209,6 @@ def test_dropping_whole_paths_is_refused_in_training_only():
     model.eval()(**padded(mask), token_indices=indices(mask))
     with pytest.raises(InputError, match="drop_path is 0.5: it drops whole rows"):
         model.train()(**padded(mask), token_indices=indices(mask))
-
-
-def test_adapters_of_samples_are_refused():
-    model, mask = FAMILIES["bert"].build(), make_mask([9, 4])
-    model.add_mixin("lora", mixins.LoraMixin(model.config, rank=2))
-    with pytest.raises(ConfigError, match="adapter_ids has 2 entries"):
-        model(**padded(mask), token_indices=indices(mask), adapter_ids=torch.tensor([0, -1]))
 
 
 # ---- batches

@@ -18,7 +18,7 @@ from sat_lightning.checkpoint.report import some
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import CheckpointError
 from sat_lightning.mixins.quantized import is_quantized
-from sat_lightning.mixins.weight_tuning import WeightTuningMixin
+from sat_lightning.mixins.tuning import TuningMixin
 from sat_lightning.model import BaseMixin, ComposedModel
 from sat_lightning.model.composed import owner_of
 from sat_lightning.model.registry import AnyModel
@@ -175,7 +175,7 @@ def build_mixin(entry: Mapping[str, Any], config: TransformerConfig, what: str) 
     mixin = mixin_class(*positional, **settings)
     for switch in _SWITCHES.keys() & entry.keys():
         setattr(mixin, switch, entry[switch])
-    if isinstance(mixin, WeightTuningMixin):
+    if isinstance(mixin, TuningMixin):
         mixin.wanted_id = entry.get("adapter_id", 0)
     return mixin
 

@@ -27,6 +27,7 @@ from sat_lightning.generation.state import DecodingState
 from sat_lightning.generation.strategies import greedy
 from sat_lightning.generation.text import RowText
 from sat_lightning.model import BaseModel, EncoderDecoderModel
+from sat_lightning.model.adapter_ids import refuse_unknown_ids
 
 
 def generate(
@@ -124,10 +125,7 @@ class _Job:
         for name, given in (("row_ids", self.row_ids), ("adapter_ids", options.adapter_ids)):
             if given is not None and len(given) != len(self.rows):
                 raise InputError(f"{name} has {len(given)} entries for {len(self.rows)} prompts: give one a prompt.")
-        modules: Iterator[Any] = self.model.modules()
-        present = {-1, *(module.adapter_id for module in modules if hasattr(module, "adapter_id"))}
-        if unknown := set(map(int, () if options.adapter_ids is None else options.adapter_ids)) - present:
-            raise InputError(f"adapter_ids names {sorted(unknown)}; the model has {sorted(present)}, -1 for none.")
+        refuse_unknown_ids(self.model, [] if options.adapter_ids is None else list(map(int, options.adapter_ids)))
         if options.stop_strings and tokenizer is None:
             raise InputError("stop_strings are found in text: pass tokenizer=.")
         writer = writer_of(self.model)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import ConfigError, nearest
 from sat_lightning.hooks import non_conflict, passes_mask
+from sat_lightning.mixins.linear_adapter import of_own_rows
 from sat_lightning.mixins.sat_form import Arguments, accepts_sat_form, sizes
 from sat_lightning.mixins.tuning import TuningMixin
 from sat_lightning.nn.linear import InitMethod, Linear, normal_init
@@ -79,12 +80,18 @@ class AdapterMixin(TuningMixin):
         object.__setattr__(self, "init_arguments", (args, {**settings, "runs_post": True}))
         self.runs_post = True
         if self._owner is not None:
-            self.added_to(self._owner)
+            self._take_layers(self._owner)
             self._owner._resolve()
 
     def added_to(self, model: BaseModel) -> None:
         """Take the seam of layers where it is needed only: a hook there costs every layer; see `BaseMixin.added_to`."""
-        if self.runs_post and model.config.layernorm_order != "post":
+        self._take_layers(model)
+        super().added_to(model)
+
+    def _take_layers(self, model: BaseModel) -> None:
+        reorders = self.runs_post and model.config.layernorm_order != "post"
+        self.tells_rows_apart = not reorders  # all rows run in that order
+        if reorders:
             self.layer_forward = self._layer_forward
 
     @passes_mask
@@ -100,7 +107,7 @@ class AdapterMixin(TuningMixin):
         output = old_impl(hidden_states, mask, *args, **kw)
         if "attention" not in self.places:
             return output
-        return self._adapt(hidden_states, output, self.ff1[kw["layer_id"]], self.ff2[kw["layer_id"]])
+        return self._adapt(hidden_states, output, self.ff1[kw["layer_id"]], self.ff2[kw["layer_id"]], kw)
 
     @non_conflict
     def mlp_forward(self, hidden_states: Tensor, *, old_impl: Callable[..., Tensor], **kw: Any) -> Tensor:
@@ -108,10 +115,11 @@ class AdapterMixin(TuningMixin):
         output = old_impl(hidden_states, **kw)
         if "mlp" not in self.places:
             return output
-        return self._adapt(hidden_states, output, self.ff3[kw["layer_id"]], self.ff4[kw["layer_id"]])
+        return self._adapt(hidden_states, output, self.ff3[kw["layer_id"]], self.ff4[kw["layer_id"]], kw)
 
-    def _adapt(self, x: Tensor, output: Tensor, down: nn.Module, up: nn.Module) -> Tensor:
+    def _adapt(self, x: Tensor, output: Tensor, down: nn.Module, up: nn.Module, kw: dict[str, Any]) -> Tensor:
         change = up(F.gelu(down(x if self.is_parallel else output)))
+        change = of_own_rows(change, kw, self.adapter_id, f"layer {kw['layer_id']}")
         return output + (change if self.scale == 1.0 else change * self.scale)
 
 

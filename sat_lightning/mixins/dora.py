@@ -108,5 +108,5 @@ class DoraMixin(LoraMixin):
         product = adapter(read, torch.zeros_like(output), self.scale, None)
         # What lies between 1 and a ratio near it is nothing in half precision: it is taken before that.
         change = (ratio - 1).to(output.dtype) * plain + ratio.to(output.dtype) * product
-        rows = rows_of(kw, self.adapter_id, adapter, x)
+        rows = rows_of(kw, self.adapter_id, adapter.place_name, x)
         return output + (change if rows is None else change * rows)

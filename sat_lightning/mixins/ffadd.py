@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import ConfigError
 from sat_lightning.hooks import non_conflict
+from sat_lightning.mixins.linear_adapter import of_own_rows
 from sat_lightning.mixins.sat_form import Arguments, accepts_sat_form, sizes
 from sat_lightning.mixins.tuning import TuningMixin
 from sat_lightning.nn.linear import Linear, normal_init
@@ -36,6 +37,8 @@ class FFADDMixin(TuningMixin):
         ConfigError: for r below 1, or a layer that is not there.
     """
 
+    tells_rows_apart = True
+
     @accepts_sat_form(_sat_form)
     def __init__(self, config: TransformerConfig, r: int = 32, layer_range: Sequence[int] | None = None) -> None:
         super().__init__()
@@ -58,5 +61,5 @@ class FFADDMixin(TuningMixin):
             return output
         pair: Any = self.ffadd_linear[key]
         inner = self.transformer.layers[kw["layer_id"]].mlp.activation_func(pair[0](hidden_states))
-        change = pair[1](inner)
+        change = of_own_rows(pair[1](inner), kw, self.adapter_id, f"layer {key}")
         return output + (change if self.scale == 1.0 else change * self.scale)

@@ -102,7 +102,7 @@ class IA3Mixin(WeightTuningMixin):
 
     def adapt(self, adapter: Any, x: Tensor, *, linear: nn.Module, old_impl: Any, **kw: Any) -> Tensor:
         """Run the linear, and multiply before or behind it."""
-        rows = rows_of(kw, self.adapter_id, adapter, x)
+        rows = rows_of(kw, self.adapter_id, adapter.place_name, x)
         if adapter.scales_input:
             return old_impl(adapter(x, self.scale, rows), linear=linear, **kw)
         return adapter(old_impl(x, linear=linear, **kw), self.scale, rows)

@@ -58,14 +58,14 @@ def whole(*parameters: Any) -> Iterator[None]:  # noqa: ANN401
             parameter.partition(has_been_updated=True)
 
 
-def rows_of(kw: Mapping[str, Any], own: int, adapter: Adapter, x: Tensor) -> Tensor | None:
-    """Return 1 for the samples of a batch that an adapter is for, 0 for others, to be multiplied with `x`-like tensors.
+def rows_of(kw: Mapping[str, Any], own: int | None, name: str, x: Tensor) -> Tensor | None:
+    """Return 1 for the samples of a batch that a method is for, 0 for others, to be multiplied with `x`-like tensors.
 
     Args:
         kw: keywords of the hook; `adapter_ids` `[b]` may be among them, a tensor or numbers.
-        own: number of the adapter.
-        adapter: of a linear.
-        x: what it reads.
+        own: number of the method.
+        name: what it adapts, for messages.
+        x: what that reads.
 
     Returns:
         As many axes as `x`; None where samples are not told apart.
@@ -79,7 +79,7 @@ def rows_of(kw: Mapping[str, Any], own: int, adapter: Adapter, x: Tensor) -> Ten
     adapter_ids = torch.as_tensor(kw["adapter_ids"], device=x.device)
     if x.dim() < 3:
         raise ConfigError(
-            f"adapter_ids tells samples apart, and {adapter.place_name} reads {list(x.shape)}, without an axis of "
+            f"adapter_ids tells samples apart, and {name} reads {list(x.shape)}, without an axis of "
             "samples (tokens of an expert have none). Leave such linears out of target."
         )
     unpadding, num_rows = kw.get("unpadding"), x.shape[0]
@@ -88,12 +88,18 @@ def rows_of(kw: Mapping[str, Any], own: int, adapter: Adapter, x: Tensor) -> Ten
         num_rows = unpadding.batch_size
     if adapter_ids.shape != (num_rows,):
         raise InputError(
-            f"adapter_ids has the shape {list(adapter_ids.shape)}, and {adapter.place_name} reads {list(x.shape)}: "
+            f"adapter_ids has the shape {list(adapter_ids.shape)}, and {name} reads {list(x.shape)}: "
             f"give one number for each of the {num_rows} samples."
         )
     if is_unpadded:
         return (adapter_ids[unpadding.token_indices // unpadding.length] == own)[None, :, None]
     return (adapter_ids == own).view(-1, *[1] * (x.dim() - 1))
+
+
+def of_own_rows(change: Tensor, kw: Mapping[str, Any], own: int | None, name: str) -> Tensor:
+    """Return what a method adds, `[b, s, c]`, with 0 for the samples that it is not for; see `rows_of`."""
+    rows = rows_of(kw, own, name, change)
+    return change if rows is None else change * rows
 
 
 def check_patterns(patterns: Mapping[str, Any], used: set[str], option: str) -> None:

@@ -247,7 +247,7 @@ class LoraMixin(WeightTuningMixin):
     def adapt(self, adapter: Any, x: Tensor, *, linear: nn.Module, old_impl: Any, **kw: Any) -> Tensor:
         """Run the linear, and add the product."""
         output = old_impl(x, linear=linear, **kw)
-        rows = rows_of(kw, self.adapter_id, adapter, x)
+        rows = rows_of(kw, self.adapter_id, adapter.place_name, x)
         return adapter(self.drop(x), output, self.scale, rows)
 
     def merge_lora(self) -> None:
@@ -266,7 +266,7 @@ class LoraMixin(WeightTuningMixin):
         adapter: Any = self._adapters[self.transformer.word_embeddings]
         down, up = adapter.stacked()
         hidden = F.embedding(input_ids, down.t()) * self.scale
-        rows = rows_of(kw, self.adapter_id, adapter, input_ids[..., None])
+        rows = rows_of(kw, self.adapter_id, adapter.place_name, input_ids[..., None])
         return output + F.linear(hidden if rows is None else hidden * rows, up).to(output.dtype)
 
 

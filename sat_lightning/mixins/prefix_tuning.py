@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import ConfigError, HookError
 from sat_lightning.hooks import non_conflict, passes_mask
+from sat_lightning.mixins.linear_adapter import rows_of
 from sat_lightning.mixins.sat_form import Arguments, accepts_sat_form, sizes
 from sat_lightning.mixins.tuning import TuningMixin
 from sat_lightning.nn.linear import Embedding, InitMethod, Linear, normal_init
@@ -62,6 +63,7 @@ class PrefixTuningMixin(TuningMixin):
             raise ConfigError(f"prefix_len is {prefix_len}, it must be at least 1.")
         self.shape = (2, config.num_key_value_heads, prefix_len, config.head_size)
         self.prefix_len, self.first_position = prefix_len, first_position
+        self.tells_rows_apart = not first_position  # a batch has one beginning of positions
         if not first_position:  # the seam stays free
             self.word_embedding_forward = None  # type: ignore[assignment,method-assign]
         init = normal_init(config.init_method_std)
@@ -98,7 +100,7 @@ class PrefixTuningMixin(TuningMixin):
         if self.first_position:
             place = (kw.get("appended_keys", 0), self.prefix_len)
             kw = kw | {"front_keys": (*kw.get("front_keys", ()), place)}
-        mask, kw = extend_mask(mask, self._weigh(kw, key), key.shape[2], self.prefix_len)
+        mask, kw = extend_mask(mask, self._weigh(kw, query, key), key.shape[2], self.prefix_len)
         key, value = (
             torch.cat([x, more.expand(x.shape[0], -1, -1, -1)], dim=2)
             for x, more in ((key, more_keys), (value, more_values))
@@ -134,17 +136,20 @@ class PrefixTuningMixin(TuningMixin):
         init(prefix)  # here, for ZeRO-3 splits what a list holds at once
         return prefix
 
-    def _weigh(self, kw: dict[str, Any], key: Tensor) -> dict[str, Any]:
-        """Extend log attention weights `[1|b, 1|h, 1|s, t]` by the prefix, whose weight is `scale`."""
+    def _weigh(self, kw: dict[str, Any], query: Tensor, key: Tensor) -> dict[str, Any]:
+        """Extend log attention weights `[1|b, 1|h, 1|s, t]` by the prefix: `scale`, and 0 in rows of other methods."""
         given = kw.get("log_attention_weights")
-        if given is None and self.scale == 1.0:
+        # Attention has whole rows, whether layers leave padding out or not.
+        rows = rows_of(kw | {"unpadding": None}, self.adapter_id, f"layer {kw['layer_id']}", query)
+        if given is None and rows is None and self.scale == 1.0:
             return kw
         given = key.new_zeros(1, 1, 1, 1) if given is None else given
         whole = given.expand(*given.shape[:-1], waiting_keys(kw) + key.shape[2]) if given.shape[-1] == 1 else given
-        return {
-            **kw,
-            "log_attention_weights": nn.functional.pad(whole, (0, self.prefix_len), value=math.log(self.scale)),
-        }
+        weights = nn.functional.pad(whole, (0, self.prefix_len), value=math.log(self.scale))
+        if rows is not None:  # finite, so that a score is never NaN, and far below that of a key that a mask hides
+            hidden = torch.where(rows, whole.new_zeros(()), torch.finfo(whole.dtype).min / 2)
+            weights = weights + nn.functional.pad(hidden.expand(-1, -1, -1, self.prefix_len), (whole.shape[-1], 0))
+        return {**kw, "log_attention_weights": weights}
 
 
 PTuningV2Mixin = PrefixTuningMixin

@@ -35,6 +35,8 @@ class QuantizedBaseMixin(TuningMixin):
         HookError: when added to a model in which adapters stand on such linears already.
     """
 
+    tells_rows_apart = None
+
     def __init__(self, config: TransformerConfig, *, target: Target = None, kind: Kind = "nf4") -> None:
         super().__init__()
         if kind not in ("nf4", "fp4"):

@@ -22,6 +22,12 @@ class TuningMixin(BaseMixin):
 
     freezes_base: ClassVar[bool] = True
     stays_trainable: ClassVar[bool] = True
+    tells_rows_apart: bool | None = False
+    #: The number by which `adapter_ids` of a call means it: one more than those of the model before. A file keeps it.
+    #: None where it reaches every row.
+    adapter_id: int | None = None
+    #: The number it had when it was saved, which it gets where it is free.
+    wanted_id: int | None = None
     _scale: float = 1.0
 
     def __new__(cls, *args: Any, **kwargs: Any) -> TuningMixin:
@@ -41,6 +47,14 @@ class TuningMixin(BaseMixin):
     def _free_state(self) -> dict[str, Any]:
         """Return what it would remember if it were in no model."""
         return {"_owner": None, "transformer": None}
+
+    def added_to(self, model: BaseModel) -> None:
+        """Take a number, if rows are told apart; a subclass with an `added_to` of its own calls this one."""
+        others: list[Any] = [other for other in model.mixins.values() if other is not self]
+        taken = [number for other in others if (number := getattr(other, "adapter_id", None)) is not None]
+        is_free = self.wanted_id is not None and self.wanted_id not in taken
+        number = self.wanted_id if is_free else 1 + max(taken, default=-1)
+        self.adapter_id, self.wanted_id = number if self.tells_rows_apart else None, None
 
     @property
     def scale(self) -> float:

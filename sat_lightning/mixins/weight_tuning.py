@@ -35,12 +35,9 @@ class WeightTuningMixin(TuningMixin):
     """
 
     is_of_one_model = True
+    tells_rows_apart = True
     #: Whether it adds to what the linear gives, so that it stacks with any other in any order.
     is_additive: ClassVar[bool] = True
-    #: The number by which `adapter_ids` of a call means it: one more than those of the model before. A file keeps it.
-    adapter_id: int = 0
-    #: The number it had when it was saved, which it gets where it is free.
-    wanted_id: int | None = None
 
     def __init__(self, config: TransformerConfig, target: str | Sequence[str]) -> None:
         super().__init__()
@@ -76,10 +73,7 @@ class WeightTuningMixin(TuningMixin):
         if shapes != {name: (adapter.in_features, adapter.out_features) for name, adapter in built.items()}:
             raise ConfigError(f"This {type(self).__name__} was built for a model of other linears. Build a new one.")
         self._adapters = {place.module: built[place.name] for place, _ in chosen}
-        taken = [other.adapter_id for _, other in others if isinstance(other, WeightTuningMixin)]
-        is_free = self.wanted_id is not None and self.wanted_id not in taken
-        self.adapter_id = self.wanted_id if is_free else 1 + max(taken, default=-1)  # type: ignore[assignment]
-        self.wanted_id = None
+        super().added_to(model)
         # Where no table is adapted the seam stays free, for those who take it whole.
         if not any(adapter.is_table for adapter in built.values()):
             self.word_embedding_forward: Any = None

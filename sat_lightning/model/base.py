@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sat_lightning.config import ConfigT, TransformerConfig
 from sat_lightning.errors import ConfigError, HookError, InputError, nearest
 from sat_lightning.hooks import RESERVED, HookTable, explain, resolve_hooks
+from sat_lightning.model.adapter_ids import check_adapter_ids
 from sat_lightning.model.keymap import KeyMap
 from sat_lightning.model.mixin import BaseMixin
 from sat_lightning.model.persistence import Persistent
@@ -51,7 +52,8 @@ class BaseModel(Persistent, nn.Module):
             Omitted: the family's own.
         **kw: reach every hook. The backbone itself knows `output_hidden_states`, `encoder_outputs`,
             `cross_attention_mask`, `log_attention_weights`, `target_ids` (see `sat_lightning.hooks.computes_loss`), and
-            `token_indices` (see `sat_lightning.nn.unpadding`).
+            `token_indices` (see `sat_lightning.nn.unpadding`); methods of fine-tuning know `adapter_ids` `[b]`, for
+            each row the number of the one that changes it (`TuningMixin.adapter_id`), -1 for none.
 
     Returns a list: what `final_forward` returned (logits `[b, s, v]`), then for each layer the dict of what hooks wrote
     to `output_this_layer`. A wrong shape, or a sequence longer than the position table, is an `InputError`.
@@ -97,6 +99,8 @@ class BaseModel(Persistent, nn.Module):
         if clash := kw.keys() & RESERVED:
             raise HookError(f"{sorted(clash)}: the backbone passes these keywords itself. Choose other names.")
         try:
+            if kw.get("adapter_ids") is not None:
+                check_adapter_ids(self, kw["adapter_ids"])
             if input_ids.dim() < 2:
                 raise InputError(f"input_ids has shape {list(input_ids.shape)}; it must be [batch, length].")
             if position_ids is OMITTED:

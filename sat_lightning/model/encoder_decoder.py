@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sat_lightning.config import TransformerConfig
 from sat_lightning.errors import InputError
+from sat_lightning.model.adapter_ids import for_parts
 from sat_lightning.model.base import OMITTED, BaseModel
 from sat_lightning.model.composed import ComposedModel
 from sat_lightning.model.mixin import BaseMixin
@@ -151,7 +152,7 @@ class EncoderDecoderModel(ComposedModel):
         """Read, then write; arguments and result are described by the class."""
         if "token_indices" in kw:
             raise InputError("token_indices: encoder and decoder have their own, enc_ and dec_token_indices.")
-        enc_attention_mask = read_padding(enc_attention_mask, enc_input_ids)
+        kw, enc_attention_mask = for_parts(self, kw), read_padding(enc_attention_mask, enc_input_ids)
         cross = (
             enc_attention_mask if cross_attention_mask is None else read_padding(cross_attention_mask, enc_input_ids)
         )

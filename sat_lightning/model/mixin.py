@@ -36,6 +36,8 @@ class BaseMixin(nn.Module):
     freezes_base: ClassVar[bool] = False
     #: Whether its parameters train also where another mixin freezes the base: heads of a new task.
     stays_trainable: ClassVar[bool] = False
+    #: Whether `adapter_ids` of a call choose the rows that it changes. None: it is part of the model, as a head is.
+    tells_rows_apart: bool | None = None
     #: Whether every linear it holds is run by `run_linear`, so that adapters of weights reach it.
     runs_linears: ClassVar[bool] = False
     #: Whether it remembers modules of the model that holds it, so that a second one cannot hold it too.

@@ -24,6 +24,7 @@ from sat_lightning.errors import ConfigError, InputError
 from sat_lightning.hooks import non_conflict
 from sat_lightning.mixins import ImageConfig
 from sat_lightning.model import BaseMixin, BaseModel, ComposedModel, register_model
+from sat_lightning.model.adapter_ids import for_parts
 from sat_lightning.model.base import OMITTED
 from sat_lightning.models.keymaps.clip import KEY_MAPS
 from sat_lightning.models.vit import ImageModel
@@ -239,6 +240,7 @@ class CLIP(ComposedModel):
         """Compare images and texts; arguments and result are described by the class."""
         if text_input_ids is OMITTED:
             raise InputError("CLIP compares images with texts: give text_input_ids, or call encode_image(image=...).")
+        kw = for_parts(self, kw)
         images = self.encode_image(image_input_ids, image_position_ids, image_attention_mask, image=image, **kw)
         texts = self.encode_text(text_input_ids, text_position_ids, text_attention_mask, **kw)
         image_embeds, text_embeds = F.normalize(images[0], dim=-1), F.normalize(texts[0], dim=-1)
