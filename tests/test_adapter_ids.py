@@ -1,4 +1,4 @@
-"""`adapter_ids` of a call: each row of a batch has its own method of fine-tuning, of every kind that can be told apart."""
+"""`adapter_ids` of a call: each row of a batch has its own method, of every kind that can be told apart."""
 
 import copy
 

@@ -76,6 +76,8 @@ def rows_of(kw: Mapping[str, Any], own: int | None, name: str, x: Tensor) -> Ten
     """
     if kw.get("adapter_ids") is None:
         return None
+    if own is None:
+        raise ConfigError(f"{name}: its method has no number. Its class's own added_to has to call super().added_to.")
     adapter_ids = torch.as_tensor(kw["adapter_ids"], device=x.device)
     if x.dim() < 3:
         raise ConfigError(

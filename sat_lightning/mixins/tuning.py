@@ -18,6 +18,10 @@ class TuningMixin(BaseMixin):
 
     A subclass is built by `XMixin(config, *, own settings)`. Training freezes everything but such mixins, and what
     their `tuned_parameters` name. One that is disabled is out of the forward, and costs nothing there.
+
+    `adapter_ids` `[b]` of a call, a list or a tensor, names for each row the one method that changes it by its
+    `adapter_id`, and -1 for none. An enabled method that reaches every row refuses such a call. A number of no method
+    is an error in a list; in a tensor, which is not looked at, it is none.
     """
 
     freezes_base: ClassVar[bool] = True
