@@ -116,20 +116,23 @@ def test_layers_see_tokens_only_and_the_final_hook_zeros():
         assert not one["hidden_states"][~mask].any()
 
 
-def test_an_encoder_and_its_decoder_leave_out_what_each_pads():
-    model = FAMILIES["t5"].build()
+@pytest.mark.parametrize("method", [None, *(name for name in METHODS if "t5" not in METHODS[name].refused)])
+def test_an_encoder_and_its_decoder_leave_out_what_each_pads(method):
+    model, _ = methods.build("t5", method)
     read, written = make_mask([9, 4]), make_mask([2, 7], width=7)
     torch.manual_seed(0)
     ids = {"enc_input_ids": torch.randint(5, 60, (2, 9)), "dec_input_ids": torch.randint(5, 60, (2, 7))}
-    inputs, more = ids | {"enc_attention_mask": read}, {
-        "enc_token_indices": indices(read), "dec_token_indices": indices(written)
-    }  # fmt: skip
+    inputs = ids | {"enc_attention_mask": read} | (METHODS[method].call if method else {})
+    if method == "task-heads":
+        inputs["token_mask"] = written  # it pools
+    left_out = {"enc_token_indices": indices(read), "dec_token_indices": indices(written)}
     found = []
-    for left_out in ({}, more):
+    for more in ({}, left_out):
         model.zero_grad()
-        _, logits, *_ = model(**inputs, **left_out)
-        logits[written].square().mean().backward()
-        found.append((logits[written].detach(), gradients(model)))
+        _, result, *_ = model(**inputs, **more)
+        result = result[written] if result.dim() == 3 else result  # a head may have pooled
+        result.square().mean().backward()
+        found.append((result.detach(), gradients(model)))
     assert_close(found[1], found[0], atol=1e-5, rtol=1e-3)
     with pytest.raises(InputError, match="their own, enc_ and dec_token_indices"):
         model(**inputs, token_indices=indices(read))
