@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
-from sat_lightning import BaseMixin, non_conflict
+from sat_lightning import BaseMixin, mixins, non_conflict
 from sat_lightning.data import LabelCollate, PadCollate, PairCollate, SampleOptions, UnpadCollate
 from sat_lightning.errors import DataError, InputError
 from sat_lightning.training import SATDataModule
