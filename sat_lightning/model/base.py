@@ -101,6 +101,7 @@ class BaseModel(Persistent, nn.Module):
         try:
             if kw.get("adapter_ids") is not None:
                 check_adapter_ids(self, kw["adapter_ids"])
+                kw["adapter_ids"] = torch.as_tensor(kw["adapter_ids"], device=input_ids.device)  # once for all linears
             if input_ids.dim() < 2:
                 raise InputError(f"input_ids has shape {list(input_ids.shape)}; it must be [batch, length].")
             if position_ids is OMITTED:

@@ -26,7 +26,7 @@ from sat_lightning.nn.masks import MaskLike, make_masks
 from sat_lightning.nn.mlp import Activation, gelu
 from sat_lightning.nn.norm import LayerNorm
 from sat_lightning.nn.rotary import RotaryEmbedding
-from sat_lightning.nn.unpadding import Unpadding, make_unpadding
+from sat_lightning.nn.unpadding import make_unpadding, put_back, take_out
 
 Carry = dict[str, Any]
 
@@ -114,10 +114,9 @@ class Transformer(nn.Module):
         self, hidden_states: Tensor, mask: Tensor, carry: Carry, output_hidden_states: bool, **kw: Any
     ) -> tuple[Tensor, list[dict[str, Any]]]:
         """Run all layers and the final norm: `[b, s, c]` to `[b, s, c]`, and what each layer leaves behind."""
-        unpadding: Unpadding | None = kw.get("unpadding")
-        if unpadding is not None:
+        if "unpadding" in kw:
             self._refuse_drop_path()
-            hidden_states = unpadding.gather(hidden_states)
+        hidden_states = take_out(hidden_states, kw)
         per_layer: list[dict[str, Any]] = []
         for start, stop, is_kept in self.blocks():
             run: Callable[..., Any] = partial(self._run_block, start, stop, output_hidden_states, **kw)
@@ -127,7 +126,7 @@ class Transformer(nn.Module):
             per_layer += outputs
         if self.config.use_final_layernorm:
             hidden_states = self.final_layernorm(hidden_states)
-        return hidden_states if unpadding is None else unpadding.scatter(hidden_states), per_layer
+        return put_back(hidden_states, kw), per_layer
 
     def _refuse_drop_path(self) -> None:
         if self.config.drop_path and self.training:
@@ -171,8 +170,7 @@ class Transformer(nn.Module):
             # which object they are.
             hidden_states, this_layer, carry = layer(hidden_states, mask=mask, carry=carry, layer_id=layer_id, **kw)
             if output_hidden_states:
-                unpadding: Unpadding | None = kw.get("unpadding")
-                this_layer["hidden_states"] = hidden_states if unpadding is None else unpadding.scatter(hidden_states)
+                this_layer["hidden_states"] = put_back(hidden_states, kw)
             outputs.append(this_layer)
         return hidden_states, outputs, carry
 

@@ -8,8 +8,8 @@ Legend: b batch, s length, n tokens that are computed (of b * s), h heads, c hid
                                           |  dense            <--gather--   [b, s, c]
     final hook [b, s, c]  <--scatter-- [1, n, c]   0 where a token was left out
 
-Where texts of different lengths share a batch this saves the share of padding in all matrix products (as NVIDIA's
-EffectiveTransformer and MosaicBERT, Portes et al. 2023, arXiv:2312.17482, do). The result of the tokens is the same.
+Where texts of different lengths share a batch this saves the share of padding in all matrix products (as
+MosaicBERT does, Portes et al. 2023, arXiv:2312.17482). The result of the tokens is the same.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Unpadding:
     """The tokens of a batch that are computed.
 
     Args:
-        token_indices: `[n]`, int64, ascending: row * s + column of each.
+        token_indices: `[n]`, int64: row * s + column of each, none twice.
         batch_size: b.
         length: s.
     """
@@ -100,7 +100,7 @@ def make_unpadding(
 
 
 def put_back(x: Tensor, kw: dict[str, Any]) -> Tensor:
-    """Return whole rows for attention, `[b, s, c]`, of what layers hold of them; nothing is done where that is all.
+    """Return whole rows, `[b, s, c]`, of what layers hold of them; nothing is done where that is all.
 
     Args:
         x: `[b, s, c]`, or `[1, n, c]` where tokens are left out.
